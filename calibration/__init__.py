@@ -1,0 +1,1 @@
+"""Build time: datasets, activation ranges, quantization. May import torch and onnx."""

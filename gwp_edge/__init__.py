@@ -1,0 +1,1 @@
+"""Deploy GigaWorld-Policy checkpoints on robots."""
