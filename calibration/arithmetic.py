@@ -69,7 +69,8 @@ def quantize_int8(
     values = _as_float32(x, "int8")
     with np.errstate(over="ignore"):  # overflow to infinity saturates below, as it should
         steps = np.rint(values / _spread(scale, values.ndim, axis))
-    return np.clip(steps, INT8_MIN, INT8_MAX).astype(np.int8)
+    q: npt.NDArray[np.int8] = np.clip(steps, INT8_MIN, INT8_MAX).astype(np.int8)
+    return q
 
 
 def quantize_fp8_e4m3(
@@ -92,7 +93,8 @@ def quantize_fp8_e4m3(
     with np.errstate(over="ignore"):
         scaled = values / _spread(scale, values.ndim, axis)
     # ml_dtypes turns what is beyond the range into NaN, so saturate first.
-    return np.clip(scaled, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
+    q: npt.NDArray[Any] = np.clip(scaled, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return q
 
 
 def dequantize(
@@ -143,7 +145,7 @@ def weight_scales(
     """
     values = np.asarray(w, dtype=np.float32)
     other = tuple(i for i in range(values.ndim) if i != axis % values.ndim)
-    amax = np.abs(values).max(axis=other)
+    amax: Float32Array = np.abs(values).max(axis=other)
     return _scales_from_amax(amax, FORMAT_MAX[number_format])
 
 
@@ -151,7 +153,7 @@ def _scales_from_amax(amax: npt.NDArray[np.float32], largest: float) -> Float32A
     if not np.isfinite(amax).all():
         raise SpecError("weights: expected finite numbers; the checkpoint is damaged")
     scales = np.maximum(amax / np.float32(largest), np.float32(_SCALE_MIN))
-    return np.where(amax == 0, np.float32(1.0), scales).astype(np.float32)
+    return np.asarray(np.where(amax == 0, 1.0, scales), dtype=np.float32)
 
 
 def quantize_int4_blocks(
@@ -177,7 +179,7 @@ def quantize_int4_blocks(
     if block < 1:
         raise SpecError(f"int4: expected a block of at least 1, got {block}")
     starts = np.arange(0, values.shape[axis], block)
-    amax = np.maximum.reduceat(np.abs(values), starts, axis=axis)
+    amax: Float32Array = np.maximum.reduceat(np.abs(values), starts, axis=axis)
     scales = _scales_from_amax(amax, float(INT4_MAX))
     steps = np.rint(values / _spread_blocks(scales, block, values.shape[axis], axis))
     return np.clip(steps, INT4_MIN, INT4_MAX).astype(np.int8), scales
@@ -199,7 +201,8 @@ def _spread_blocks(scales: Float32Array, block: int, n: int, axis: int) -> Float
         )
     index: list[slice] = [slice(None)] * scales.ndim
     index[axis] = slice(0, n)
-    return np.repeat(scales, block, axis=axis)[tuple(index)]
+    spread: Float32Array = np.repeat(scales, block, axis=axis)[tuple(index)]
+    return spread
 
 
 def sqnr_db(reference: npt.ArrayLike, got: npt.ArrayLike) -> float:
