@@ -5,17 +5,24 @@ Each has a contract suite under tests/contract that every implementation passes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
-from gwp_edge.spec import Channel
+from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import (
     ArmState,
+    Chunk,
     Float32Array,
     FloatArray,
     Frame,
     ImageArray,
     JointLimits,
+    Observation,
 )
+
+if TYPE_CHECKING:
+    from gwp_edge.chunking import Guidance
+    from gwp_edge.telemetry import StageTimes
 
 
 class Clock(Protocol):
@@ -62,7 +69,12 @@ class Camera(Protocol):
 
 
 class Arm(Protocol):
-    """One robot as the motor loop sees it: D channels, one clock. Threads: one owner."""
+    """One robot as the motor loop sees it: D channels, one clock. Threads: one owner.
+
+    The guardian process opens a second one of its own, with the option ``guardian`` true and
+    ``enable`` false, reads ``state`` all the time, and calls ``send`` only when the motor process
+    has died. So ``send`` works on a connection that did not do the enabling.
+    """
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -77,7 +89,9 @@ class Arm(Protocol):
     def open(self, *, enable: bool) -> None:
         """Connect, check, and with ``enable`` power the motors so that they hold the pose.
 
-        Never moves: an enabled arm holds the pose that it measured.
+        Never moves: an enabled arm holds the pose that it measured. The motor loop calls it twice:
+        first with ``enable`` false, which sends nothing that changes the arm, then, once every
+        check has passed, with ``enable`` true on the open connection.
 
         Raises:
             DeviceError: not there, not ready, or in a state that needs a person; says which.
@@ -98,13 +112,84 @@ class Arm(Protocol):
         The caller has limited it; the driver still refuses what its protocol cannot carry.
 
         Raises:
-            DeviceError: the command could not be sent.
+            DeviceTimeoutError: this one command could not be sent (queue full) and was dropped;
+                the caller goes on and gives up after five in a row.
+            DeviceError: the command could not be sent, or the arm is in a state (somebody pressed
+                teach) in which nothing must be sent; the caller stops.
             SafetyFault: the command is not finite or does not fit the protocol; nothing was sent.
         """
         ...
 
     def close(self) -> None:
         """Disconnect and leave the arm holding; safe to call twice. Never cuts power."""
+        ...
+
+
+class World(Protocol):
+    """What a simulated robot's arm and cameras share. Threads: one owner, the supervisor."""
+
+    def start(self) -> Mapping[str, object]:
+        """Start it; return options to merge into those of the arm and of every camera.
+
+        Raises:
+            DeviceError: it cannot start; says what to do.
+        """
+        ...
+
+    def check(self) -> None:
+        """Return while it lives.
+
+        Raises:
+            DeviceError: it died.
+        """
+        ...
+
+    def close(self) -> None:
+        """Stop it; safe to call twice and after a failed ``start``."""
+        ...
+
+
+class Policy(Protocol):
+    """Observation in, chunk out. Threads: one owner."""
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects and gives."""
+        ...
+
+    @property
+    def timing(self) -> StageTimes:
+        """Stage times of the last ``predict``."""
+        ...
+
+    def predict(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32Array | None = None,
+        previous: Chunk | None = None,
+        guidance: Guidance | None = None,
+    ) -> Chunk:
+        """Return a plan of absolute actions, stamped with ``observation.t_observed_ns``.
+
+        Args:
+            observation: frames of every camera of the spec and the state.
+            noise: normalised starting noise, (H, A); drawn where None.
+            previous: the plan that is being executed, for real-time chunking.
+            guidance: how to stay near ``previous``; None for a free plan.
+        """
+        ...
+
+    def check_golden(self) -> None:
+        """Run the bundle's golden input on this machine.
+
+        Raises:
+            GwpError: the answer differs from the golden output.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine; safe to call twice."""
         ...
 
 
@@ -128,7 +213,7 @@ class Engine(Protocol):
         ...
 
     def prefill(self, latent: Float32Array, state_norm: Float32Array) -> None:
-        """Compute the prefix K/V from a latent and a normalised, padded state (1, 1, A)."""
+        """Compute the prefix K/V from a latent and a normalised, padded state (1, A)."""
         ...
 
     def denoise(
@@ -138,13 +223,13 @@ class Engine(Protocol):
         prefix_norm: Float32Array,
         prefix_gain: Float32Array,
     ) -> Float32Array:
-        """Take one Euler step from ``x`` (1, H, A) at step ``step_idx``; return the next x.
+        """Take one Euler step from ``x`` (H, A) at step ``step_idx``; return the next x.
 
         Args:
-            x: noisy actions at sigma[step_idx], (1, H, A).
+            x: noisy actions at sigma[step_idx], (H, A).
             step_idx: 0 to N-1.
-            prefix_norm: actions of the running chunk, normalised, (1, H, A).
-            prefix_gain: pull towards ``prefix_norm`` per row, (1, H, 1); zeros for none.
+            prefix_norm: actions of the running chunk, normalised, (H, A).
+            prefix_gain: pull towards ``prefix_norm`` per row, (H, 1); zeros for none.
         """
         ...
 

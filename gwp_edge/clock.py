@@ -1,0 +1,75 @@
+"""The machine's monotonic clock, with a sleep that ends at an absolute time."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_NS_PER_S = 1_000_000_000
+_CLOCK_MONOTONIC = 1
+_TIMER_ABSTIME = 1
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
+
+
+def _load_clock_nanosleep() -> Callable[..., int] | None:
+    try:
+        function = ctypes.CDLL(None).clock_nanosleep
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.POINTER(_Timespec),
+        ctypes.POINTER(_Timespec),
+    )
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+class MonotonicClock:
+    """CLOCK_MONOTONIC. Threads: one owner (the deadline is written to a field of the object)."""
+
+    def __init__(self) -> None:
+        self._sleep = _load_clock_nanosleep()
+        self._deadline = _Timespec()
+        self._deadline_ref = ctypes.byref(self._deadline)
+        if self._sleep is None:
+            logger.warning(
+                "libc has no clock_nanosleep: deadlines are kept with time.sleep, less precisely"
+            )
+
+    def now_ns(self) -> int:
+        """Return the time, ns."""
+        return time.monotonic_ns()
+
+    def sleep_until_ns(self, t_ns: int) -> None:
+        """Sleep until ``t_ns``; return at once when it is past.
+
+        An absolute deadline does not add up oversleep as a relative one does: whatever runs
+        between two ticks is paid out of the sleep.
+
+        Raises:
+            OSError: the kernel refuses the call, which no valid time does.
+        """
+        if self._sleep is None:
+            while (left_ns := t_ns - time.monotonic_ns()) > 0:
+                time.sleep(left_ns / _NS_PER_S)
+            return
+        if t_ns <= time.monotonic_ns():
+            return
+        self._deadline.tv_sec, self._deadline.tv_nsec = divmod(t_ns, _NS_PER_S)
+        while True:
+            error = self._sleep(_CLOCK_MONOTONIC, _TIMER_ABSTIME, self._deadline_ref, None)
+            if error == 0:
+                return
+            if error != errno.EINTR:
+                raise OSError(error, f"clock_nanosleep: {os.strerror(error)}")

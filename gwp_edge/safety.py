@@ -1,0 +1,303 @@
+"""The last word on every command: finite, then position, velocity, acceleration, tracking.
+
+Pure: no clock, no device. Non-finite or absurd targets are rejected whole, and the arm brakes;
+they are never clipped, because NaN passes through clamps and an absurd target is not a wish.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gwp_edge.errors import SpecError
+from gwp_edge.spec import Channel
+from gwp_edge.types import FloatArray, JointLimits
+
+POSITION: Final = 1
+VELOCITY: Final = 2
+ACCELERATION: Final = 4
+
+MARGIN_RAD: Final = math.radians(2.0)
+MARGIN_M: Final = 0.0
+REJECT_BEYOND_RAD: Final = math.radians(20.0)
+REJECT_BEYOND_M: Final = 0.05
+TRACKING_ERROR_RAD: Final = math.radians(10.0)
+TRACKING_TIME_S: Final = 0.2
+
+
+def with_margin(
+    limits: JointLimits,
+    channels: Sequence[Channel],
+    *,
+    margin_rad: float = MARGIN_RAD,
+    margin_m: float = MARGIN_M,
+) -> JointLimits:
+    """Return ``limits`` with the positions drawn in by a margin per unit of the channel.
+
+    Raises:
+        SpecError: the margin leaves no room in a channel.
+    """
+    margin = np.array([margin_rad if c.unit == "rad" else margin_m for c in channels])
+    low, high = limits.position_min + margin, limits.position_max - margin
+    for channel, a, b in zip(channels, low, high, strict=True):
+        if a >= b:
+            raise SpecError(
+                f"limits of {channel.name}: a margin of {margin_rad} rad / {margin_m} m leaves "
+                f"no room ({a:.4f} to {b:.4f}); widen the limits or lower the margin"
+            )
+    return JointLimits(
+        position_min=low,
+        position_max=high,
+        velocity_max=limits.velocity_max,
+        acceleration_max=limits.acceleration_max,
+    )
+
+
+def brake_velocity(gap: float, step: float) -> float:
+    """Return the highest speed from which a discrete brake ends within ``gap``.
+
+    The speed holds for one tick and then falls by ``step`` per tick. With n whole steps the way is
+    (n + 1) v - step n (n + 1) / 2, which is solved for v. Both in units of length per tick.
+
+    Args:
+        gap: way that is left, per-tick lengths, >= 0.
+        step: change of speed per tick, > 0.
+    """
+    n = int((math.sqrt(1.0 + 8.0 * gap / step) - 1.0) * 0.5)
+    return gap / (n + 1) + 0.5 * step * n
+
+
+@dataclass(slots=True)
+class _Joint:
+    """One channel inside the limiter; lengths in rad or m, speeds per tick."""
+
+    low: float
+    high: float
+    speed_max: float
+    step: float  # change of speed per tick
+    free_way: float  # farther than this from a limit, the limit does not matter
+    reject_low: float
+    reject_high: float
+    p: float = 0.0
+    v: float = 0.0
+    x: float = 0.0  # last target, clipped
+    floor: float = 0.0  # position limits in force, wider while the arm starts outside
+    ceiling: float = 0.0
+
+
+class Limiter:
+    """Limits a stream of commands, one per tick. Threads: one owner.
+
+    Position, velocity and acceleration are coupled: at every tick the arm can still stop before
+    its position limit, braking with the acceleration limit. A target that already respects
+    everything comes out as it went in. A target that jumped is chased at a speed from which the
+    command can settle on it without overshoot.
+
+    A pose outside the position limits (PiPER rests on its stops) is not corrected by a motion of
+    its own: the limit in force follows the command inwards and never lets it out again.
+
+    Attributes:
+        position: the last command, shape (D,); overwritten by the next one.
+        flags: per channel, which limits acted at the last tick (POSITION, VELOCITY, ACCELERATION).
+        rejected: why the last target was rejected, or None.
+    """
+
+    def __init__(
+        self, limits: JointLimits, *, period_s: float, channels: Sequence[Channel] = ()
+    ) -> None:
+        if not period_s > 0:
+            raise SpecError(f"limiter: period must be positive, got {period_s} s")
+        units = [c.unit for c in channels] or ["rad"] * len(limits.position_min)
+        self._period_s = period_s
+        self._joints: list[_Joint] = []
+        for i, unit in enumerate(units):
+            beyond = REJECT_BEYOND_RAD if unit == "rad" else REJECT_BEYOND_M
+            low, high = float(limits.position_min[i]), float(limits.position_max[i])
+            self._joints.append(
+                _Joint(
+                    low=low,
+                    high=high,
+                    speed_max=0.0,
+                    step=float(limits.acceleration_max[i]) * period_s * period_s,
+                    free_way=0.0,
+                    reject_low=low - beyond,
+                    reject_high=high + beyond,
+                )
+            )
+        self._speed_max = [float(v) * period_s for v in limits.velocity_max]
+        self._names = [c.name for c in channels] or [f"channel {i}" for i in range(len(units))]
+        self.position: FloatArray = np.zeros(len(units))
+        self.flags = [0] * len(units)
+        self.rejected: str | None = None
+        self._is_rad = [unit == "rad" for unit in units]
+        self.set_speed_limit(None)
+
+    @property
+    def velocity(self) -> FloatArray:
+        """Velocity of the last command, rad/s and m/s, shape (D,)."""
+        return np.array([j.v for j in self._joints]) / self._period_s
+
+    @property
+    def standing(self) -> bool:
+        """Whether the last command did not move."""
+        return all(j.v == 0.0 for j in self._joints)
+
+    def set_speed_limit(self, speed_rad_s: float | None, speed_m_s: float | None = None) -> None:
+        """Lower the velocity limits to at most the given ones; None for the limits themselves.
+
+        A command that is faster brakes within its acceleration limit.
+        """
+        for j, own, is_rad in zip(self._joints, self._speed_max, self._is_rad, strict=True):
+            cap = speed_rad_s if is_rad else speed_m_s
+            j.speed_max = own if cap is None else min(own, cap * self._period_s)
+            n = int(own / j.step) + 2
+            j.free_way = own * (n + 1) + j.step * n
+
+    def seed(self, position: FloatArray) -> None:
+        """Begin at ``position``, at rest.
+
+        Raises:
+            SpecError: ``position`` is not finite or has another length.
+        """
+        if position.shape != self.position.shape or not np.isfinite(position).all():
+            raise SpecError(f"limiter: cannot begin at {position}; the arm's state is not usable")
+        self.position[:] = position
+        for j, p in zip(self._joints, position.tolist(), strict=True):
+            j.p = j.x = p
+            j.v = 0.0
+            j.floor, j.ceiling = min(j.low, p), max(j.high, p)
+
+    def step(self, target: FloatArray) -> FloatArray:
+        """Return the command for this tick, shape (D,), rad and m; see ``flags``, ``rejected``.
+
+        Args:
+            target: what the plan wants now, (D,); anything, including NaN.
+        """
+        values = target.tolist()
+        self.rejected = self._reason_to_reject(values)
+        out: list[float] = []
+        flags = self.flags
+        for i, j in enumerate(self._joints):
+            if self.rejected is None:
+                flags[i] = _advance(j, values[i])
+            else:
+                # Brake: the target is where the command is now.
+                j.x = j.p
+                flags[i] = _move(j, 0.0, None) & ~ACCELERATION
+                j.x = j.p
+            out.append(j.p)
+        self.position[:] = out
+        return self.position
+
+    def _reason_to_reject(self, values: list[float]) -> str | None:
+        if len(values) != len(self._joints):
+            return f"target has {len(values)} channels, expected {len(self._joints)}"
+        for name, j, x in zip(self._names, self._joints, values, strict=True):
+            # Written so that NaN fails it.
+            if not j.reject_low <= x <= j.reject_high:
+                if not math.isfinite(x):
+                    return f"target of {name} is not finite ({x})"
+                return (
+                    f"target of {name} is {x:.3f}, far outside {j.low:.3f} to {j.high:.3f}; "
+                    "the plan is not for this robot or has gone wrong"
+                )
+        return None
+
+
+def _advance(j: _Joint, x: float) -> int:
+    """Move one channel one tick towards target ``x``; return the limits that acted."""
+    flags = 0
+    if x > j.ceiling:
+        x, flags = j.ceiling, POSITION
+    elif x < j.floor:
+        x, flags = j.floor, POSITION
+    behind = j.x - j.p  # what the command lagged behind the last target
+    w = x - j.x  # the target's own motion in this tick
+    if abs(w) > j.speed_max:
+        w = 0.0 if abs(w) > 2.0 * j.speed_max else math.copysign(j.speed_max, w)
+    j.x = x
+    # Half the acceleration for catching up leaves the rest for the target's own.
+    catch_up = 0.5 * j.step
+    if -catch_up <= behind <= catch_up:
+        return flags | _move(j, x - j.p, x)
+    speed = brake_velocity(abs(behind), catch_up)
+    return flags | _move(j, w + math.copysign(speed, behind), None)
+
+
+def _move(j: _Joint, v: float, x: float | None) -> int:
+    """Take speed ``v`` as far as the limits allow; ``x`` is the exact target that ``v`` leads to.
+
+    The bounds always overlap: braking by ``step`` is allowed by every one of them, because the
+    same was seen to at the tick before.
+    """
+    slowest, fastest = j.v - j.step, j.v + j.step
+    flags = ACCELERATION if v > fastest or v < slowest else 0
+    high = min(fastest, max(j.speed_max, slowest))
+    low = max(slowest, min(-j.speed_max, fastest))
+    if v > j.speed_max or v < -j.speed_max:
+        flags |= VELOCITY
+    gap_up, gap_down = j.ceiling - j.p, j.p - j.floor
+    if gap_up < j.free_way:
+        bound = brake_velocity(max(gap_up, 0.0), j.step)
+        if bound < high:
+            flags |= POSITION if v > bound else 0
+            high = max(bound, slowest)
+    if gap_down < j.free_way:
+        bound = -brake_velocity(max(gap_down, 0.0), j.step)
+        if bound > low:
+            flags |= POSITION if v < bound else 0
+            low = min(bound, fastest)
+    if low <= v <= high:
+        p = j.p + v if x is None else x
+    else:
+        v = high if v > high else low
+        p = j.p + v
+    j.v = v
+    # Rounding must not carry the sum past the limit.
+    j.p = min(max(p, j.floor), j.ceiling)
+    # A limit that was widened for the start pose follows the command back in.
+    if j.ceiling > j.high:
+        j.ceiling = max(j.high, j.p)
+    if j.floor < j.low:
+        j.floor = min(j.low, j.p)
+    return flags
+
+
+class TrackingMonitor:
+    """Tells when the arm does not follow: a joint away from its command for too long.
+
+    Grippers (channels in metres) do not count: holding an object is not following the command.
+    Threads: one owner.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        *,
+        error_rad: float = TRACKING_ERROR_RAD,
+        time_s: float = TRACKING_TIME_S,
+    ) -> None:
+        self._names = [c.name for c in channels]
+        self._allowed = np.array([error_rad if c.unit == "rad" else math.inf for c in channels])
+        self._time_ns = round(time_s * 1e9)
+        self._since_ns: int | None = None
+
+    def check(self, command: FloatArray, measured: FloatArray, now_ns: int) -> str | None:
+        """Return one line when a joint has been off for too long, else None."""
+        error = np.abs(command - measured)
+        if (error <= self._allowed).all():
+            self._since_ns = None
+            return None
+        if self._since_ns is None:
+            self._since_ns = now_ns
+        if now_ns - self._since_ns < self._time_ns:
+            return None
+        i = int(np.argmax(np.where(np.isfinite(self._allowed), error, -1.0)))
+        return (
+            f"{self._names[i]} does not follow: commanded {command[i]:.3f} rad, measured "
+            f"{measured[i]:.3f} rad for {self._time_ns / 1e9:.1f} s; is it blocked or overloaded?"
+        )
