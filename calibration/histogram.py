@@ -93,8 +93,7 @@ class Histogram:
     @property
     def centers(self) -> FloatArray:
         """Middle of every bin, shape (n_bins,)."""
-        centers: FloatArray = (np.arange(self.n_bins) + 0.5) * self.bin_width
-        return centers
+        return np.asarray((np.arange(self.n_bins) + 0.5) * self.bin_width, dtype=np.float64)
 
     def add(self, other: Histogram) -> None:
         """Add the counts of ``other``; exact, whatever the two ranges are.
