@@ -7,7 +7,7 @@ per step and row; the denoise graph applies it, this module computes the gain.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 import numpy as np
@@ -52,6 +52,13 @@ class Guidance:
             raise SpecError(f"guidance: beta must be positive, got {self.beta}")
         if not 0 < self.warm_start_sigma <= 1:
             raise SpecError(f"guidance: sigma must be in (0, 1], got {self.warm_start_sigma}")
+
+    def within(self, n_real_rows: int) -> Guidance:
+        """Return it with frozen and horizon rows capped to those that the old chunk covers."""
+        horizon = min(self.n_horizon_rows or n_real_rows, n_real_rows)
+        return replace(
+            self, n_frozen_rows=min(self.n_frozen_rows, n_real_rows), n_horizon_rows=horizon
+        )
 
 
 def prefix_weights(n_frozen: int, n_horizon: int, n_rows: int) -> FloatArray:

@@ -71,9 +71,8 @@ class Camera(Protocol):
 class Arm(Protocol):
     """One robot as the motor loop sees it: D channels, one clock. Threads: one owner.
 
-    The guardian process opens a second one of its own, with the option ``guardian`` true and
-    ``enable`` false, reads ``state`` all the time, and calls ``send`` only when the motor process
-    has died. So ``send`` works on a connection that did not do the enabling.
+    The guardian process opens a second one of its own with ``enable`` false, reads ``state`` all
+    the time, and calls ``hold`` when the motor process has died, and nothing else ever.
     """
 
     @property
@@ -89,9 +88,9 @@ class Arm(Protocol):
     def open(self, *, enable: bool) -> None:
         """Connect, check, and with ``enable`` power the motors so that they hold the pose.
 
-        Never moves: an enabled arm holds the pose that it measured. The motor loop calls it twice:
-        first with ``enable`` false, which sends nothing that changes the arm, then, once every
-        check has passed, with ``enable`` true on the open connection.
+        Never moves: an enabled arm holds the pose that it measured. Without ``enable`` nothing is
+        sent that changes the arm. The motor process opens it so for the checks, closes it, and
+        opens it again with ``enable`` once every check has passed.
 
         Raises:
             DeviceError: not there, not ready, or in a state that needs a person; says which.
@@ -117,6 +116,18 @@ class Arm(Protocol):
             DeviceError: the command could not be sent, or the arm is in a state (somebody pressed
                 teach) in which nothing must be sent; the caller stops.
             SafetyFault: the command is not finite or does not fit the protocol; nothing was sent.
+        """
+        ...
+
+    def hold(self) -> None:
+        """Command the measured pose: the guardian's only command.
+
+        Works on a connection that was opened without ``enable``, changes no mode, and may be
+        called again and again; the pose of the first call is kept, so that an arm that sags does
+        not creep.
+
+        Raises:
+            DeviceError: there is no fresh feedback to hold, or it could not be sent.
         """
         ...
 

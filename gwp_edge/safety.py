@@ -23,6 +23,9 @@ ACCELERATION: Final = 4
 
 MARGIN_RAD: Final = math.radians(2.0)
 MARGIN_M: Final = 0.0
+# A measured pose that is a hair outside (a closed gripper reads -0.1 mm) begins at the limit.
+_SEED_SNAP_RAD: Final = math.radians(0.2)
+_SEED_SNAP_M: Final = 0.001
 REJECT_BEYOND_RAD: Final = math.radians(20.0)
 REJECT_BEYOND_M: Final = 0.05
 TRACKING_ERROR_RAD: Final = math.radians(10.0)
@@ -165,11 +168,14 @@ class Limiter:
         """
         if position.shape != self.position.shape or not np.isfinite(position).all():
             raise SpecError(f"limiter: cannot begin at {position}; the arm's state is not usable")
-        self.position[:] = position
-        for j, p in zip(self._joints, position.tolist(), strict=True):
+        for j, p, is_rad in zip(self._joints, position.tolist(), self._is_rad, strict=True):
+            snapped = min(max(p, j.low), j.high)
+            if abs(snapped - p) <= (_SEED_SNAP_RAD if is_rad else _SEED_SNAP_M):
+                p = snapped
             j.p = j.x = p
             j.v = 0.0
             j.floor, j.ceiling = min(j.low, p), max(j.high, p)
+        self.position[:] = [j.p for j in self._joints]
 
     def step(self, target: FloatArray) -> FloatArray:
         """Return the command for this tick, shape (D,), rad and m; see ``flags``, ``rejected``.

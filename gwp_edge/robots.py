@@ -1,0 +1,288 @@
+"""Which robot: robot files, the built-in robots, and the factories of arms, cameras and worlds.
+
+A factory is named "module:function" so that nothing of a vendor is imported before it is used.
+Third parties register theirs in the entry-point groups gwp_edge.arms and gwp_edge.cameras.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+import numpy as np
+
+from gwp_edge.errors import SpecError
+from gwp_edge.protocols import Arm, Camera, World
+from gwp_edge.spec import Channel, PolicySpec
+from gwp_edge.types import FloatArray, JointLimits
+
+ARMS: Final[dict[str, str]] = {
+    "kinematic": "gwp_edge.drivers.kinematic:create_arm",
+    "sim": "gwp_edge.drivers.sim:create_arm",
+    "piper": "gwp_edge.drivers.piper:create_arm",
+}
+CAMERAS: Final[dict[str, str]] = {
+    "kinematic": "gwp_edge.drivers.kinematic:create_camera",
+    "sim": "gwp_edge.drivers.sim:create_camera",
+    "realsense": "gwp_edge.drivers.realsense:create_camera",
+}
+WORLDS: Final[dict[str, str]] = {
+    "kinematic": "gwp_edge.drivers.kinematic:create_world",
+    "sim": "gwp_edge.drivers.sim:create_world",
+}
+BUILT_IN: Final = ("kinematic", "sim", "piper", "piper-dual")
+
+_T = TypeVar("_T")
+
+
+class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A kind of device and what its factory is told."""
+
+    kind: str
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class ArmConfig(DeviceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The arm. ``guardian`` false: the arm takes one connection only, so nobody else can hold it.
+
+    Without a guardian a killed motor process leaves the arm at its last target.
+    """
+
+    guardian: bool = True
+
+
+class CameraConfig(DeviceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One camera: ``role`` is the policy's name for it, such as ``cam_high``."""
+
+    role: str
+
+
+class ChannelLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tighter limits of one channel; rad or m, per s, per s^2."""
+
+    position_min: float | None = None
+    position_max: float | None = None
+    velocity_max: float | None = None
+    acceleration_max: float | None = None
+
+
+class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A robot file.
+
+    Attributes:
+        name: for messages.
+        arm: the arm.
+        cameras: one for each camera role of the policy.
+        world: what simulated devices share.
+        limits: by channel name; only ever tighten the arm's own.
+        park: pose to park in by channel name, rad and m; without, parking is holding.
+    """
+
+    name: str
+    arm: ArmConfig
+    cameras: tuple[CameraConfig, ...] = ()
+    world: DeviceConfig | None = None
+    limits: dict[str, ChannelLimits] = msgspec.field(default_factory=dict)
+    park: dict[str, float] = msgspec.field(default_factory=dict)
+
+
+def load_robot(name: str, spec: PolicySpec) -> RobotConfig:
+    """Return the robot that ``--robot`` names: a built-in one or a robot file.
+
+    Raises:
+        SpecError: no such robot, or its file does not fit; names the field.
+    """
+    if name in BUILT_IN:
+        return built_in_robot(name, spec)
+    path = Path(name)
+    if path.suffix != ".toml" and not path.exists():
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise SpecError(
+            f"robot {name!r}: expected {', '.join(BUILT_IN)} or the path of a robot file{hint}"
+        )
+    robot = read_robot_file(path)
+    _check_fits(robot, spec, str(path))
+    return robot
+
+
+def read_robot_file(path: Path) -> RobotConfig:
+    """Read a TOML robot file.
+
+    Raises:
+        SpecError: it cannot be read, or a field is missing, unknown or of the wrong type.
+    """
+    try:
+        # Decoded here and not by msgspec.toml, whose import of a TOML library differs by Python.
+        return msgspec.convert(_toml_loads(path.read_text("utf-8")), RobotConfig)
+    except OSError as e:
+        raise SpecError(f"robot file {path}: cannot read it: {e.strerror}") from e
+    except (msgspec.ValidationError, ValueError) as e:
+        raise SpecError(f"robot file {path}: {e}") from e
+
+
+def built_in_robot(name: str, spec: PolicySpec) -> RobotConfig:
+    """Return a built-in robot with a camera for every role of ``spec``.
+
+    Raises:
+        SpecError: the policy drives another number of arms.
+    """
+    if name in ("kinematic", "sim"):
+        return RobotConfig(
+            name=name,
+            arm=ArmConfig(kind=name),
+            cameras=tuple(CameraConfig(role=r, kind=name) for r in spec.cameras),
+            world=DeviceConfig(kind=name),
+        )
+    n_arms = 2 if name == "piper-dual" else 1
+    if spec.n_channels != 7 * n_arms:
+        other = "piper" if n_arms == 2 else "piper-dual"
+        raise SpecError(
+            f"robot {name} has {7 * n_arms} channels, the policy {spec.n_channels}; "
+            f"use --robot {other} or a bundle for this robot"
+        )
+    buses = {"left": "can_left", "right": "can_right"} if n_arms == 2 else {"can": "can0"}
+    return RobotConfig(
+        name=name,
+        arm=ArmConfig(kind="piper", options=dict(buses)),
+        cameras=tuple(CameraConfig(role=r, kind="realsense") for r in spec.cameras),
+    )
+
+
+def create_arm(robot: RobotConfig, spec: PolicySpec, extra: Mapping[str, object]) -> Arm:
+    """Make the arm of ``robot``; ``extra`` options win over the file's.
+
+    Raises:
+        SpecError: an unknown kind or options that do not fit.
+        DeviceError: from the factory.
+    """
+    factory = _factory(robot.arm.kind, ARMS, "gwp_edge.arms", "arm")
+    return cast(Arm, factory({**robot.arm.options, **extra}, spec))
+
+
+def create_camera(camera: CameraConfig, spec: PolicySpec, extra: Mapping[str, object]) -> Camera:
+    """Make one camera; ``extra`` options win over the file's.
+
+    Raises:
+        SpecError: an unknown kind or options that do not fit.
+        DeviceError: from the factory.
+    """
+    factory = _factory(camera.kind, CAMERAS, "gwp_edge.cameras", "camera")
+    return cast(Camera, factory(camera.role, {**camera.options, **extra}, spec))
+
+
+def create_world(robot: RobotConfig, spec: PolicySpec) -> World | None:
+    """Make the world that the robot's simulated devices share, or None for a real robot.
+
+    Raises:
+        SpecError: an unknown kind or options that do not fit.
+        DeviceError: from the factory.
+    """
+    if robot.world is None:
+        return None
+    factory = _factory(robot.world.kind, WORLDS, None, "world")
+    return cast(World, factory(robot.world.options, spec))
+
+
+def import_callable(reference: str, what: str) -> Callable[..., object]:
+    """Return the function that "module:function" names.
+
+    Raises:
+        SpecError: there is no such module or function.
+    """
+    module_name, _, function_name = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise SpecError(f"{what} {reference!r} cannot be loaded: {e}") from e
+    if not callable(function):
+        raise SpecError(f"{what} {reference!r} is not a function")
+    return cast(Callable[..., object], function)
+
+
+def intersect_limits(
+    own: JointLimits, overrides: Mapping[str, ChannelLimits], channels: Sequence[Channel]
+) -> JointLimits:
+    """Return the arm's own limits tightened by a robot file's.
+
+    Raises:
+        SpecError: an override names no channel, or leaves no room.
+    """
+    names = [c.name for c in channels]
+    unknown = sorted(set(overrides) - set(names))
+    if unknown:
+        raise SpecError(
+            f"limits for {', '.join(unknown)}: the robot's channels are {', '.join(names)}"
+        )
+
+    def tightened(field: str, base: FloatArray) -> FloatArray:
+        choose = np.maximum if field == "position_min" else np.minimum
+        wanted = [getattr(overrides.get(name), field, None) for name in names]
+        return np.array(
+            [b if w is None else choose(b, w) for w, b in zip(wanted, base, strict=True)]
+        )
+
+    return JointLimits(
+        position_min=tightened("position_min", own.position_min),
+        position_max=tightened("position_max", own.position_max),
+        velocity_max=tightened("velocity_max", own.velocity_max),
+        acceleration_max=tightened("acceleration_max", own.acceleration_max),
+    )
+
+
+def park_pose(robot: RobotConfig, channels: Sequence[Channel]) -> FloatArray | None:
+    """Return the park pose, rad and m, shape (D,), or None where the robot has none.
+
+    Raises:
+        SpecError: the pose names other channels than the robot has.
+    """
+    if not robot.park:
+        return None
+    names = [c.name for c in channels]
+    if set(robot.park) != set(names):
+        raise SpecError(
+            f"park pose: expected a value for each of {', '.join(names)}, "
+            f"got {', '.join(sorted(robot.park))}"
+        )
+    return np.array([robot.park[name] for name in names])
+
+
+def _check_fits(robot: RobotConfig, spec: PolicySpec, where: str) -> None:
+    roles = [c.role for c in robot.cameras]
+    if sorted(roles) != sorted(spec.cameras):
+        raise SpecError(
+            f"{where}: expected one camera for each role {', '.join(spec.cameras)}, "
+            f"got {', '.join(roles) or 'none'}"
+        )
+    names = {c.name for c in spec.channels}
+    strangers = sorted((set(robot.limits) | set(robot.park)) - names)
+    if strangers:
+        raise SpecError(
+            f"{where}: {', '.join(strangers)} is no channel of the policy; it has "
+            f"{', '.join(c.name for c in spec.channels)}"
+        )
+
+
+def _factory(
+    kind: str, registry: Mapping[str, str], group: str | None, what: str
+) -> Callable[..., object]:
+    if kind in registry:
+        return import_callable(registry[kind], f"{what} driver")
+    found = {e.name: e for e in entry_points(group=group)} if group else {}
+    if kind in found:
+        return import_callable(found[kind].value, f"{what} driver")
+    have = ", ".join(sorted([*registry, *found]))
+    raise SpecError(f"{what} kind {kind!r} is not known; there are {have}")
+
+
+def _toml_loads(text: str) -> dict[str, Any]:
+    try:
+        toml = importlib.import_module("tomllib")
+    except ImportError:  # Python 3.10
+        toml = importlib.import_module("tomli")
+    return cast(dict[str, Any], toml.loads(text))
