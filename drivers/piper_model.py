@@ -1,0 +1,141 @@
+"""Geometry and limits of the AgileX PiPER arm; numpy only.
+
+Shared by the simulation, the CAN driver and anything that needs forward kinematics. Frames are
+those of the modified Denavit-Hartenberg convention: frame i sits on joint i, and the transform
+from frame i-1 is RotX(alpha) TransX(a) RotZ(theta + offset) TransZ(d).
+
+Source: piper_sdk 0.6.2, ``kinematics/piper_fk.py`` (``dh_is_offset=1``, arms since firmware
+S-V1.6-3) and ``piper_param/piper_param_manager.py``; the tests compare with that package.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from gwp_edge.errors import SpecError
+from gwp_edge.types import FloatArray, JointLimits
+
+N_JOINTS: Final = 6
+#: Channels of one arm: six joints (rad) and the total gripper opening (m).
+N_CHANNELS: Final = N_JOINTS + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DhRow:
+    """One row of the modified DH table."""
+
+    alpha_rad: float
+    a_m: float
+    offset_rad: float
+    d_m: float
+
+
+DH_TABLE: Final[tuple[DhRow, ...]] = (
+    DhRow(alpha_rad=0.0, a_m=0.0, offset_rad=0.0, d_m=0.123),
+    DhRow(alpha_rad=-math.pi / 2, a_m=0.0, offset_rad=math.radians(-172.22), d_m=0.0),
+    DhRow(alpha_rad=0.0, a_m=0.28503, offset_rad=math.radians(-102.78), d_m=0.0),
+    DhRow(alpha_rad=math.pi / 2, a_m=-0.02198, offset_rad=0.0, d_m=0.25075),
+    DhRow(alpha_rad=-math.pi / 2, a_m=0.0, offset_rad=0.0, d_m=0.0),
+    DhRow(alpha_rad=math.pi / 2, a_m=0.0, offset_rad=0.0, d_m=0.091),
+)
+#: Where the fingers close, on the z axis of frame 6 (parallel gripper).
+TOOL_OFFSET_M: Final = 0.135
+
+#: What the controller accepts (SDK limits): a command outside of it is refused.
+JOINT_RANGE_DEG: Final[tuple[tuple[float, float], ...]] = (
+    (-150.0, 150.0),
+    (0.0, 180.0),
+    (-170.0, 0.0),
+    (-100.0, 100.0),
+    (-70.0, 70.0),
+    (-120.0, 120.0),
+)
+GRIPPER_RANGE_M: Final = (0.0, 0.07)
+# Published sources differ for J6 (120 and 100 deg): the narrower one, and 2 deg inside of it.
+_SAFE_RANGE_DEG: Final = (*JOINT_RANGE_DEG[:5], (-100.0, 100.0))
+_MARGIN_DEG: Final = 2.0
+JOINT_VELOCITY_MAX_RAD_S: Final = 3.0
+JOINT_ACCELERATION_MAX_RAD_S2: Final = 5.0
+# The gripper's own speed is not published; 0.1 m/s opens it fully in under a second.
+GRIPPER_VELOCITY_MAX_M_S: Final = 0.1
+GRIPPER_ACCELERATION_MAX_M_S2: Final = 1.0
+
+
+def command_range(n_arms: int) -> tuple[FloatArray, FloatArray]:
+    """Return the lowest and highest accepted command of ``n_arms`` arms, each (D,), rad and m."""
+    low = [*(math.radians(lo) for lo, _ in JOINT_RANGE_DEG), GRIPPER_RANGE_M[0]]
+    high = [*(math.radians(hi) for _, hi in JOINT_RANGE_DEG), GRIPPER_RANGE_M[1]]
+    return np.array(low * n_arms), np.array(high * n_arms)
+
+
+def joint_limits(n_arms: int) -> JointLimits:
+    """Return the limits to stay within, for ``n_arms`` arms one after the other.
+
+    Joint ranges are the narrowest of the published ones less 2 degrees, so that a controller that
+    stops at its own limit is never reached.
+    """
+    low = [math.radians(lo + _MARGIN_DEG) for lo, _ in _SAFE_RANGE_DEG]
+    high = [math.radians(hi - _MARGIN_DEG) for _, hi in _SAFE_RANGE_DEG]
+    velocity = [JOINT_VELOCITY_MAX_RAD_S] * N_JOINTS + [GRIPPER_VELOCITY_MAX_M_S]
+    acceleration = [JOINT_ACCELERATION_MAX_RAD_S2] * N_JOINTS + [GRIPPER_ACCELERATION_MAX_M_S2]
+    return JointLimits(
+        position_min=np.array([*low, GRIPPER_RANGE_M[0]] * n_arms),
+        position_max=np.array([*high, GRIPPER_RANGE_M[1]] * n_arms),
+        velocity_max=np.array(velocity * n_arms),
+        acceleration_max=np.array(acceleration * n_arms),
+    )
+
+
+def link_poses(joints_rad: FloatArray) -> FloatArray:
+    """Return the frames of the six links in the arm's base, homogeneous, shape (6, 4, 4), m.
+
+    Args:
+        joints_rad: six joint angles, shape (6,).
+
+    Raises:
+        SpecError: not six finite angles.
+    """
+    joints = np.asarray(joints_rad, np.float64)
+    if joints.shape != (N_JOINTS,) or not np.isfinite(joints).all():
+        raise SpecError(f"expected {N_JOINTS} finite joint angles, got {joints.tolist()}")
+    poses = np.empty((N_JOINTS, 4, 4))
+    pose = np.eye(4)
+    for i, row in enumerate(DH_TABLE):
+        pose = pose @ _dh_transform(row, float(joints[i]))
+        poses[i] = pose
+    return poses
+
+
+def tool_pose(joints_rad: FloatArray) -> FloatArray:
+    """Return the frame between the fingertips in the arm's base, shape (4, 4), m.
+
+    Its z axis points out of the gripper, the fingers move along its y axis.
+    """
+    pose: FloatArray = link_poses(joints_rad)[-1].copy()
+    pose[:3, 3] += TOOL_OFFSET_M * pose[:3, 2]
+    return pose
+
+
+def tool_jacobian(joints_rad: FloatArray) -> FloatArray:
+    """Return the geometric Jacobian of the tool, shape (6, 6): rows vx vy vz wx wy wz, base."""
+    links = link_poses(joints_rad)
+    tip = links[-1][:3, 3] + TOOL_OFFSET_M * links[-1][:3, 2]
+    axes = links[:, :3, 2]
+    return np.vstack([np.cross(axes, tip - links[:, :3, 3]).T, axes.T])
+
+
+def _dh_transform(row: DhRow, angle_rad: float) -> FloatArray:
+    ca, sa = math.cos(row.alpha_rad), math.sin(row.alpha_rad)
+    ct, st = math.cos(angle_rad + row.offset_rad), math.sin(angle_rad + row.offset_rad)
+    return np.array(
+        [
+            [ct, -st, 0.0, row.a_m],
+            [st * ca, ct * ca, -sa, -sa * row.d_m],
+            [st * sa, ct * sa, ca, ca * row.d_m],
+            [0.0, 0.0, 0.0, 1.0],
+        ]
+    )
