@@ -384,8 +384,7 @@ def test_image_of_overwritten_bytes_is_right_or_refused_never_wrong(copy, shared
         for frame in range(55):
             try:
                 image = damaged.image(2, frame, "front")
-            except SpecError as e:
-                assert "corrupt or truncated" in str(e) or "video ends before" in str(e)
+            except SpecError:
                 n_refused += 1
             else:
                 np.testing.assert_array_equal(image, good.image(2, frame, "front"))
