@@ -1,7 +1,7 @@
 """Build the wheel from a clean copy of the sources.
 
-setuptools leaves ``build/`` and ``*.egg-info`` beside what it builds, and a stale ``build/lib`` ends
-up in the next wheel; a copy has neither. Uses the setuptools of this environment: no download.
+setuptools leaves ``build/`` and ``*.egg-info`` beside what it builds, and a stale ``build/lib``
+ends up in the next wheel; a copy has neither. Uses this environment's setuptools: no download.
 
 Run: python scripts/build_wheel.py OUT_DIR
 """

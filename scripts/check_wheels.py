@@ -95,8 +95,8 @@ def main(versions: list[str]) -> int:
                 sys.stdout.write(f"  {group:<10} FAILS: {message}\n")
             sys.stdout.flush()
     sys.stdout.write(
-        "\nnot checked: tensorrt (a system package of JetPack, for its own Python only) and pycuda\n"
-        "(source package, built on the device against its CUDA)\n"
+        "\nnot checked: tensorrt (a system package of JetPack, for its own Python only) and\n"
+        "pycuda (a source package, built on the device against its CUDA)\n"
     )
     return 1 if failures else 0
 
