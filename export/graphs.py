@@ -23,12 +23,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
+from gwp_edge.bundle import Stage
 from gwp_edge.export import tables
 from gwp_edge.export.network import ActionPath, KeyValue, Stream, action_stream, streams
 from gwp_edge.export.onnx_ops import LayerCost, OnnxOps
 from gwp_edge.export.onnx_recorder import Form
 from gwp_edge.export.ops import WeightSource
-from gwp_edge.export.precision import Format, Recipe
+from gwp_edge.export.precision import Format, Recipe, cache_format
 from gwp_edge.export.vision_encoder import VaeConfig, VisionEncoder
 from gwp_edge.export.weight_bank import StoredTensor, WeightBank
 from gwp_edge.spec import PolicySpec
@@ -40,7 +41,7 @@ WEIGHTS_FILE = "weights.safetensors"
 class Graph:
     """A recorded graph and what it costs."""
 
-    name: str
+    stage: Stage
     form: Form
     ops: OnnxOps
     costs: tuple[LayerCost, ...]
@@ -49,12 +50,7 @@ class Graph:
         """Return the model with its initializers pointing into the weight file."""
         places, _, _ = bank.layout()
         self.ops.attach(places, WEIGHTS_FILE)
-        return self.ops.build(self.name)
-
-
-def cache_format(recipe: Recipe) -> Format:
-    """Return the format of prefix and prompt K/V: the one that attention computes in."""
-    return recipe.of("blocks.0.attn1.qk")
+        return self.ops.build(self.stage)
 
 
 def _key_values(
@@ -86,7 +82,7 @@ def vision_graph(
     shape = (spec.canvas.height_px, spec.canvas.width_px)
     canvas = ops.input("canvas", (*shape, 3), ir.DataType.UINT8)
     ops.output(VisionEncoder(ops, config).encode(canvas, *shape), "latent")
-    return Graph(name="vision", form=form, ops=ops, costs=tuple(ops.costs))
+    return Graph(stage="vision", form=form, ops=ops, costs=tuple(ops.costs))
 
 
 def _constant_rows(
@@ -138,7 +134,7 @@ def prefill_graph(
     for i, kv in enumerate(path.prefill(latent, state, modulation, prompt, bias)):
         ops.reduced_output(kv.k, f"prefix_k.{i}", fmt)
         ops.reduced_output(kv.v, f"prefix_v.{i}", fmt)
-    return Graph(name="prefill", form=form, ops=ops, costs=tuple(ops.costs))
+    return Graph(stage="prefill", form=form, ops=ops, costs=tuple(ops.costs))
 
 
 def denoise_graph(
@@ -170,7 +166,7 @@ def denoise_graph(
         bias,
     )
     ops.output(x_next, "x_next")
-    return Graph(name="denoise", form=form, ops=ops, costs=tuple(ops.costs))
+    return Graph(stage="denoise", form=form, ops=ops, costs=tuple(ops.costs))
 
 
 def _rows(ops: OnnxOps, table: ir.Value, n: int, dim: int) -> Sequence[ir.Value]:

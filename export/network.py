@@ -16,7 +16,7 @@ Source: arXiv 2603.17240 and 2607.13960; open-gigaai/giga-world-policy at f3d5a8
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -230,19 +230,19 @@ class ActionPath(Generic[V]):
 
     # -- the functions -----------------------------------------------------------------------
 
-    def prompt_kv(self, text: V, n_text: int, stream: Stream) -> list[KeyValue[V]]:
-        """Return the text K/V of every block from prompt rows (n_text, text_dim)."""
+    def prompt_kv(
+        self, text: V, n_text: int, stream: Stream, n_blocks: int | None = None
+    ) -> Iterator[KeyValue[V]]:
+        """Yield the text K/V of each block from prompt rows (n_text, text_dim)."""
         ops = self.ops
         embedder = f"{stream.condition}.text_embedder"
         text = ops.gelu(ops.linear(text, f"{embedder}.linear_1"), "tanh")
         text = ops.linear(text, f"{embedder}.linear_2")
-        result = []
-        for i in range(self.network.n_layers):
+        for i in range(self.network.n_layers if n_blocks is None else n_blocks):
             block = stream.block.format(i)
             k = ops.rms_norm(ops.linear(text, f"{block}attn2.to_k"), f"{block}attn2.norm_k")
             v = ops.linear(text, f"{block}attn2.to_v")
-            result.append(KeyValue(k=self._keys(k, n_text), v=self._heads(v, n_text)))
-        return result
+            yield KeyValue(k=self._keys(k, n_text), v=self._heads(v, n_text))
 
     def prefill(
         self,

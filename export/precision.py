@@ -57,3 +57,8 @@ def make_recipe(precision: str) -> Recipe:
         if precision == known:
             return Recipe(name=precision, default=known)
     raise SpecError(f"--precision {precision} is not known; choose from {', '.join(PRECISIONS)}")
+
+
+def cache_format(recipe: Recipe) -> Format:
+    """Return the format of prefix and prompt K/V: the one that attention computes in."""
+    return recipe.of("blocks.0.attn1.qk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -42,10 +43,7 @@ class StoredTensor:
     @property
     def n_bytes(self) -> int:
         """Size in the file."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightBank:
@@ -97,6 +95,11 @@ class WeightBank:
     def n_bytes(self) -> int:
         """Total size of the tensors."""
         return sum(t.n_bytes for t in self._tensors.values())
+
+    @property
+    def n_elements(self) -> int:
+        """Total number of values."""
+        return sum(math.prod(t.shape) for t in self._tensors.values())
 
     def write(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
         """Write the safetensors file; only one tensor is in memory at a time.

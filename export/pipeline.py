@@ -1,0 +1,461 @@
+"""From checkpoint to bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+
+import gwp_edge
+from gwp_edge.bundle import (
+    MANIFEST,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Bundle,
+    FileEntry,
+    Golden,
+    GraphSet,
+    Layer,
+    Manifest,
+    MeasuredError,
+    Precision,
+    Provenance,
+    bundle_id,
+    hash_file,
+)
+from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.export import tables
+from gwp_edge.export.accounting import account
+from gwp_edge.export.checkpoint import Checkpoint, open_checkpoint, open_module
+from gwp_edge.export.companions import Companions, find_companions, read_statistics
+from gwp_edge.export.errors_measured import measure_error
+from gwp_edge.export.graphs import WEIGHTS_FILE, Graph, denoise_graph, prefill_graph, vision_graph
+from gwp_edge.export.layout import find_layout
+from gwp_edge.export.package import check_space, check_target, replacing
+from gwp_edge.export.precision import Recipe, cache_format, make_recipe
+from gwp_edge.export.prompt_cache import needed_rows, prompt_cache
+from gwp_edge.export.prompts import encode_prompt, pad_rows, read_prompt_embedding, task_name
+from gwp_edge.export.reference import ChunkInput, ChunkOutput, Reference, golden_input
+from gwp_edge.export.sizes import network_sizes
+from gwp_edge.export.vision_encoder import VaeConfig
+from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.policy import BundlePolicy
+from gwp_edge.sampler import make_schedule
+from gwp_edge.spec import PolicySpec
+from gwp_edge.types import Float32Array
+
+logger = logging.getLogger(__name__)
+
+TABLES_FILE = "tables.safetensors"
+GOLDEN_FILE = "golden.safetensors"
+GOLDEN_SEED = 20260
+# Engines agree to about 1e-6 of an action in float32; this is the parity that is promised.
+MIN_TOLERANCE = 2e-4
+# Rounding flips where another order of sums meets a rounding boundary.
+TOLERANCE_OVER_ERROR = 1.5
+# Above this the portable graphs would not fit beside the export.
+ENGINE_CHECK_BYTES = 3 << 30
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What ``gwp-edge export`` was asked for; see its help."""
+
+    checkpoint: Path
+    out: Path
+    base_model: Path | None = None
+    norm_stats: Path | None = None
+    prompts: tuple[str, ...] = ()
+    prompt_embeddings: tuple[Path, ...] = ()
+    precision: str = "fp32"
+    n_steps: int = 10
+    timesteps: Literal["bfloat16", "exact"] = "bfloat16"
+    embodiment: int = 0
+    layout: str = "piper-dual"
+    head_dim: int | None = None
+    use_ema: bool = False
+    engine_check: Literal["auto", "always", "never"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an export did."""
+
+    bundle: Bundle
+    seconds: float
+    unused: Mapping[str, int] = field(default_factory=dict)
+
+
+class _Source:
+    """A checkpoint as a weight source: finite values only."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.info(name).shape
+
+    def load(self, name: str) -> torch.Tensor:
+        return self._checkpoint.load_finite(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """Everything read and checked before the first byte is written."""
+
+    checkpoint: Checkpoint
+    weights: _Source
+    vae_weights: _Source
+    vae: VaeConfig
+    spec: PolicySpec
+    recipe: Recipe
+    embeddings: tuple[torch.Tensor, ...]
+    unused: Mapping[str, int]
+
+
+def export_bundle(options: ExportOptions, progress: Progress = _silent) -> ExportResult:
+    """Write a verified, action-only bundle.
+
+    Raises:
+        SpecError: an input is missing or does not fit; nothing was written.
+        BuildError: the bundle does not reproduce the reference; nothing was written.
+    """
+    t_start = time.monotonic()
+    check_target(options.out)
+    with ExitStack() as stack:
+        inputs = _read_inputs(options, stack, progress)
+        bundle = _write(options, inputs, progress)
+        unused = inputs.unused
+    return ExportResult(bundle=bundle, seconds=time.monotonic() - t_start, unused=unused)
+
+
+def _read_inputs(options: ExportOptions, stack: ExitStack, progress: Progress) -> _Inputs:
+    recipe = make_recipe(options.precision)
+    schedule = make_schedule(options.n_steps, rounding=options.timesteps)
+    layout = find_layout(options.layout)
+    checkpoint = stack.enter_context(open_checkpoint(options.checkpoint, use_ema=options.use_ema))
+    sizes = network_sizes(checkpoint, head_dim=options.head_dim)
+    accounting = account(checkpoint, sizes)
+    if not 0 <= options.embodiment < sizes.n_embodiments:
+        raise SpecError(
+            f"--embodiment {options.embodiment}: the checkpoint has 0..{sizes.n_embodiments - 1}"
+        )
+    companions = find_companions(
+        options.checkpoint,
+        norm_stats=options.norm_stats,
+        base_model=options.base_model,
+        prompt_embeddings=options.prompt_embeddings,
+        has_prompt_text=bool(options.prompts),
+    )
+    vae_checkpoint = stack.enter_context(open_module(companions.vae))
+    vae = VaeConfig.from_json(vae_checkpoint.config or {})
+    if vae.z_dim != sizes.latent_channels:
+        raise SpecError(
+            f"VAE {companions.vae} has {vae.z_dim} latent channels, the network takes "
+            f"{sizes.latent_channels}; pass the right base model with --base-model"
+        )
+    statistics = read_statistics(companions.norm_stats, len(layout.channels))
+    tasks = _read_prompts(options, companions, sizes.text_dim, progress)
+    embeddings = tuple(torch.from_numpy(rows) for rows in tasks.values())
+    try:
+        spec = PolicySpec(
+            network=sizes.network_spec(n_text_rows=needed_rows(embeddings)),
+            sampler=schedule,
+            canvas=layout.canvas,
+            channels=layout.channels,
+            statistics=statistics,
+            n_rows=layout.n_rows,
+            period_ns=round(1e9 / layout.rate_hz),
+            tasks=tuple(tasks),
+            embodiment=options.embodiment,
+        )
+    except ValueError as e:
+        raise SpecError(f"checkpoint and --layout {options.layout} do not fit: {e}") from e
+    return _Inputs(
+        checkpoint=checkpoint,
+        weights=_Source(checkpoint),
+        vae_weights=_Source(vae_checkpoint),
+        vae=vae,
+        spec=spec,
+        recipe=recipe,
+        embeddings=embeddings,
+        unused=_count_reasons({**accounting.unused, **accounting.dropped}),
+    )
+
+
+def _count_reasons(unused: Mapping[str, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in unused.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+def _read_prompts(
+    options: ExportOptions, companions: Companions, text_dim: int, progress: Progress
+) -> dict[str, Float32Array]:
+    """Return padded embeddings (64, text_dim) by task name, in the order given."""
+    tasks: dict[str, Float32Array] = {}
+
+    def add(name: str, rows: Float32Array) -> None:
+        if name in tasks and not np.array_equal(tasks[name], pad_rows(rows)):
+            raise SpecError(f"two different prompts are called {name!r}; rename one file")
+        tasks[name] = pad_rows(rows)
+
+    for i, text in enumerate(options.prompts):
+        progress("encode prompts", i, len(options.prompts))
+        if companions.base_model is None:
+            raise SpecError("--prompt needs the umT5 encoder: give its folder with --base-model")
+        add(task_name(text=text), encode_prompt(text, companions.base_model))
+    for path in companions.prompt_files:
+        add(task_name(path=path), read_prompt_embedding(path, text_dim=text_dim))
+    for name, rows in tasks.items():
+        if rows.shape[1] != text_dim:
+            raise SpecError(
+                f"prompt {name!r} has {rows.shape[1]} columns, the network takes {text_dim}"
+            )
+    return tasks
+
+
+def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundle:
+    bank = WeightBank()
+    graphs = _record(inputs, bank)
+    check_space(options.out, bank.n_bytes + (1 << 28))
+    with replacing(options.out) as work:
+        for graph in graphs:
+            ir.save(graph.model(bank), work / _graph_file(graph))
+        with _bytes_progress(progress, "write weights", bank.n_bytes) as advance:
+            bank.write(work / WEIGHTS_FILE, advance)
+        prompts = _write_prompts(inputs, work, progress)
+        modulation = tables.denoise_rows(inputs.weights, inputs.spec)
+        save_file({"modulation": modulation.contiguous()}, work / TABLES_FILE)
+        golden, error = _write_golden(inputs, work, progress)
+        sources = inputs.checkpoint.source_bytes
+        with _bytes_progress(progress, "hash checkpoint", sources) as advance:
+            hashes = inputs.checkpoint.source_hashes(advance)
+        manifest = _manifest(inputs, graphs, prompts, golden, error, work, hashes, progress)
+        _save_manifest(manifest, work)
+        if _wants_engine(options, bank):
+            progress("check on ONNX Runtime", 0, 1)
+            manifest = _checked(manifest, work, inputs.recipe)
+            _save_manifest(manifest, work)
+            progress("check on ONNX Runtime", 1, 1)
+    return Bundle(options.out, manifest)
+
+
+def _save_manifest(manifest: Manifest, work: Path) -> None:
+    text = json.dumps(msgspec.to_builtins(manifest), indent=1, sort_keys=False)
+    (work / MANIFEST).write_text(text + "\n")
+
+
+def _record(inputs: _Inputs, bank: WeightBank) -> list[Graph]:
+    """Record the three graphs, in the native form and where it differs in the portable one."""
+    spec, recipe = inputs.spec, inputs.recipe
+    forms: tuple[Literal["native", "portable"], ...] = ("native",)
+    if recipe.default != "fp32":
+        forms = ("native", "portable")
+    result = []
+    for form in forms:
+        result += [
+            vision_graph(inputs.vae_weights, inputs.vae, spec, recipe, bank, form),
+            prefill_graph(inputs.weights, spec, recipe, bank, form),
+            denoise_graph(inputs.weights, spec, recipe, bank, form),
+        ]
+    return result
+
+
+def _graph_file(graph: Graph) -> str:
+    return f"{graph.stage}.onnx" if graph.form == "native" else f"{graph.stage}.portable.onnx"
+
+
+@contextmanager
+def _bytes_progress(progress: Progress, stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    done = 0
+
+    def advance(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(stage, done, total)
+
+    progress(stage, 0, total)
+    yield advance
+    progress(stage, total, total)
+
+
+def _write_prompts(inputs: _Inputs, work: Path, progress: Progress) -> dict[str, str]:
+    n = len(inputs.embeddings)
+    (work / "prompts").mkdir()
+    files: dict[str, str] = {}
+    for i, (task, embedding) in enumerate(zip(inputs.spec.tasks, inputs.embeddings, strict=True)):
+        progress("prompt caches", i, n)
+        name = f"prompts/{i:04d}.safetensors"
+        cache = prompt_cache(inputs.weights, inputs.spec, embedding, inputs.recipe)
+        save_file(cache, work / name)
+        files[task] = name
+    progress("prompt caches", n, n)
+    return files
+
+
+def _write_golden(inputs: _Inputs, work: Path, progress: Progress) -> tuple[Golden, MeasuredError]:
+    """Answer the golden input in float32 and as this bundle computes, and keep both."""
+    spec = inputs.spec
+    given = golden_input(spec, GOLDEN_SEED)
+    exact = _answer(inputs, make_recipe("fp32"), given, progress, "float32 reference")
+    answer = exact
+    if inputs.recipe.default != "fp32":
+        answer = _answer(inputs, inputs.recipe, given, progress, f"{inputs.recipe.name} emulation")
+    save_file(
+        {
+            "canvas": torch.from_numpy(given.canvas),
+            "state": torch.from_numpy(np.asarray(given.state)),
+            "noise": torch.from_numpy(given.noise),
+            "latent": torch.from_numpy(answer.latent),
+            "actions": torch.from_numpy(answer.actions),
+            "actions_reference": torch.from_numpy(exact.actions.copy()),
+        },
+        work / GOLDEN_FILE,
+    )
+    if not np.isfinite(answer.actions).all():
+        raise BuildError(
+            f"{inputs.recipe.name}: the network's answer is not finite; choose another --precision"
+        )
+    error = measure_error(
+        [answer.actions], [exact.actions], spec.channels, "golden input, emulated arithmetic"
+    )
+    largest = float(np.abs(answer.actions - exact.actions).max())
+    golden = Golden(
+        file=GOLDEN_FILE,
+        task=spec.tasks[0],
+        tolerance=max(MIN_TOLERANCE, TOLERANCE_OVER_ERROR * largest),
+        checked_with=(),
+    )
+    return golden, error
+
+
+def _answer(
+    inputs: _Inputs, recipe: Recipe, given: ChunkInput, progress: Progress, stage: str
+) -> ChunkOutput:
+    total, done = inputs.spec.sampler.n_steps + 1, 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(stage, done, total)
+
+    progress(stage, 0, total)
+    cache = prompt_cache(inputs.weights, inputs.spec, inputs.embeddings[0], recipe)
+    reference = Reference(inputs.weights, inputs.vae_weights, inputs.vae, inputs.spec, recipe)
+    return reference.run([given], cache, advance)[0]
+
+
+def _manifest(
+    inputs: _Inputs,
+    graphs: Sequence[Graph],
+    prompts: dict[str, str],
+    golden: Golden,
+    error: MeasuredError,
+    work: Path,
+    hashes: dict[str, str],
+    progress: Progress,
+) -> Manifest:
+    names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
+    total = sum((work / name).stat().st_size for name in names)
+    with _bytes_progress(progress, "hash bundle", total) as advance:
+        files = {
+            name: FileEntry(
+                sha256=hash_file(work / name, advance), n_bytes=(work / name).stat().st_size
+            )
+            for name in names
+        }
+    return Manifest(
+        schema=SCHEMA,
+        schema_version=SCHEMA_VERSION,
+        bundle_id=bundle_id(inputs.spec, files),
+        spec=inputs.spec,
+        precision=_precision(inputs.recipe, graphs),
+        graphs={form: _graph_set(graphs, form) for form in dict.fromkeys(g.form for g in graphs)},
+        prompts=prompts,
+        tables=TABLES_FILE,
+        weights=WEIGHTS_FILE,
+        golden=golden,
+        error=error,
+        files=files,
+        provenance=Provenance(
+            gwp_edge=gwp_edge.__version__,
+            created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            checkpoint=hashes,
+            libraries={"torch": str(torch.__version__), "onnx_ir": str(ir.__version__)},
+            unused=dict(inputs.unused),
+            notes=(),
+        ),
+    )
+
+
+def _graph_set(graphs: Sequence[Graph], form: str) -> GraphSet:
+    return GraphSet(**{g.stage: _graph_file(g) for g in graphs if g.form == form})
+
+
+def _precision(recipe: Recipe, graphs: Sequence[Graph]) -> Precision:
+    layers = tuple(
+        Layer(
+            stage=graph.stage,
+            name=cost.name,
+            format=cost.format,
+            reason=recipe.explain(cost.name)[1],
+            flops=cost.flops,
+            weight_bytes=cost.weight_bytes,
+        )
+        for graph in graphs
+        if graph.form == "native"
+        for cost in graph.costs
+    )
+    return Precision(name=recipe.name, cache=cache_format(recipe), layers=layers)
+
+
+def _wants_engine(options: ExportOptions, bank: WeightBank) -> bool:
+    if options.engine_check == "auto":
+        return bank.n_elements * 4 <= ENGINE_CHECK_BYTES
+    return options.engine_check == "always"
+
+
+def _checked(manifest: Manifest, work: Path, recipe: Recipe) -> Manifest:
+    """Run the golden input through ONNX Runtime; the measured error is then the engine's own.
+
+    Raises:
+        BuildError: the engine does not reproduce the golden output.
+    """
+    from gwp_edge.engines.ort import OrtEngine
+
+    bundle = Bundle(work, manifest)
+    policy = BundlePolicy(bundle, OrtEngine(bundle))
+    try:
+        policy.check_golden()
+        arrays = bundle.arrays(manifest.golden.file)
+        state = np.asarray(arrays["state"], np.float64)
+        _, actions = policy.predict_from_canvas(arrays["canvas"], state, arrays["noise"])
+    finally:
+        policy.close()
+    error = measure_error(
+        [actions],
+        [np.asarray(arrays["actions_reference"])],
+        manifest.spec.channels,
+        f"golden input, ONNX Runtime, {recipe.name}",
+    )
+    golden = msgspec.structs.replace(manifest.golden, checked_with=("ort cpu",))
+    return msgspec.structs.replace(manifest, golden=golden, error=error)

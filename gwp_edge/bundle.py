@@ -1,0 +1,319 @@
+"""The bundle: a folder that says everything the robot must know about a policy.
+
+``manifest.json`` names every other file with its size and SHA-256; nothing is used before it has
+been checked, and nothing in a bundle is ever unpickled. docs/bundle-format.md describes the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, Literal
+
+import msgspec
+import numpy.typing as npt
+
+from gwp_edge.errors import SpecError
+from gwp_edge.spec import PolicySpec
+
+SCHEMA = "gwp-edge.bundle"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+Stage = Literal["vision", "prefill", "denoise"]
+STAGES: tuple[Stage, ...] = ("vision", "prefill", "denoise")
+_READ_BYTES = 4 << 20
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Size and hash of one file."""
+
+    sha256: str
+    n_bytes: int
+
+
+class GraphSet(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """File names of the three graphs in one form."""
+
+    vision: str
+    prefill: str
+    denoise: str
+
+
+class Layer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One layer of one stage.
+
+    Attributes:
+        stage: where it runs.
+        name: its name in the checkpoint; products of activations end in ``qk`` or ``pv``.
+        format: what it computes in.
+        reason: why.
+        flops: operations in one pass, a multiply-add counted as two.
+        weight_bytes: weights read in one pass.
+    """
+
+    stage: Stage
+    name: str
+    format: str
+    reason: str
+    flops: int
+    weight_bytes: int
+
+
+class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What computes in which format, and why.
+
+    Attributes:
+        name: precision of the bundle as asked for.
+        cache: format of prefix and prompt K/V.
+        layers: every layer that carries weights or multiplies activations.
+    """
+
+    name: str
+    cache: str
+    layers: tuple[Layer, ...]
+
+
+class ChannelError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Action error of a group of channels; rad for joints, m for grippers."""
+
+    mean: float
+    p50: float
+    p99: float
+    max: float
+
+
+class MeasuredError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Error of this bundle's arithmetic against the float32 reference, same noise.
+
+    Attributes:
+        inputs: what it was measured on.
+        n_chunks: how many chunks.
+        joints_rad: joints, or None where the robot has none.
+        grippers_m: grippers, or None where the robot has none.
+    """
+
+    inputs: str
+    n_chunks: int
+    joints_rad: ChannelError | None
+    grippers_m: ChannelError | None
+
+
+class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An input and what the bundle must answer to it.
+
+    Attributes:
+        file: safetensors with ``canvas``, ``state``, ``noise``, ``latent``, ``actions`` (what
+            this bundle's arithmetic answers) and ``actions_reference`` (float32).
+        task: prompt it was made with.
+        tolerance: largest allowed difference of any action from ``actions``, rad and m.
+        checked_with: engines that reproduced it at export.
+    """
+
+    file: str
+    task: str
+    tolerance: float
+    checked_with: tuple[str, ...]
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a bundle comes from.
+
+    Attributes:
+        gwp_edge: version that wrote it.
+        created_at: UTC, ISO 8601.
+        checkpoint: SHA-256 of each source file by name.
+        libraries: versions that took part.
+        unused: checkpoint tensors that the action path does not need, by reason: how many.
+        notes: anything a user must know, such as synthetic calibration data.
+    """
+
+    gwp_edge: str
+    created_at: str
+    checkpoint: dict[str, str]
+    libraries: dict[str, str]
+    unused: dict[str, int]
+    notes: tuple[str, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of manifest.json.
+
+    Attributes:
+        schema: always ``gwp-edge.bundle``.
+        schema_version: of this layout.
+        bundle_id: hash over spec and files; equal inputs give equal ids.
+        spec: the policy.
+        precision: formats of every layer.
+        graphs: graph files by form, ``native`` or ``portable``.
+        prompts: prompt cache file of each task.
+        tables: safetensors file with the modulation of every step.
+        weights: the weight file that all graphs share.
+        golden: the self-test.
+        error: measured error against float32.
+        files: every file but the manifest.
+        provenance: origin.
+    """
+
+    schema: str
+    schema_version: int
+    bundle_id: str
+    spec: PolicySpec
+    precision: Precision
+    graphs: dict[Literal["native", "portable"], GraphSet]
+    prompts: dict[str, str]
+    tables: str
+    weights: str
+    golden: Golden
+    error: MeasuredError
+    files: dict[str, FileEntry]
+    provenance: Provenance
+
+
+def bundle_id(spec: PolicySpec, files: Mapping[str, FileEntry]) -> str:
+    """Return the identity of a bundle: a hash over its spec and its files."""
+    content = {"spec": msgspec.to_builtins(spec), "files": {k: v.sha256 for k, v in files.items()}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Return the SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            if progress is not None:
+                progress(len(data))
+    return digest.hexdigest()
+
+
+class Bundle:
+    """A checked bundle on disk. Threads: any, it is read-only."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @property
+    def spec(self) -> PolicySpec:
+        """The policy's specification."""
+        return self.manifest.spec
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all files."""
+        return sum(entry.n_bytes for entry in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file that the manifest lists.
+
+        Raises:
+            SpecError: the manifest lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise SpecError(f"{self.root}: manifest lists no file {name}; export the policy again")
+        return self.root / name
+
+    def arrays(self, name: str) -> Mapping[str, npt.NDArray[Any]]:
+        """Read a safetensors file of the bundle; bfloat16 arrays come as ml_dtypes."""
+        from safetensors.numpy import load_file
+
+        return MappingProxyType(load_file(self.file(name)))
+
+    @classmethod
+    def open(cls, path: Path | str, *, progress: Callable[[int], None] | None = None) -> Bundle:
+        """Open a bundle and check every file against the manifest.
+
+        Args:
+            path: the bundle folder.
+            progress: called with bytes hashed.
+
+        Raises:
+            SpecError: not a bundle, a newer layout, or a file missing, truncated, altered or
+                outside the folder; says which.
+        """
+        root = Path(path)
+        manifest = _read_manifest(root)
+        for name in _referenced(manifest):
+            if name not in manifest.files:
+                raise SpecError(
+                    f"{root}: manifest uses {name} but does not list it; export the policy again"
+                )
+        places = {name: _contained(root, name) for name in manifest.files}
+        for name, entry in manifest.files.items():
+            found = places[name].stat().st_size
+            if found != entry.n_bytes:
+                raise SpecError(
+                    f"{root}: {name} has {found} bytes, expected {entry.n_bytes}; "
+                    "copy or export the bundle again"
+                )
+        for name, entry in manifest.files.items():
+            if hash_file(places[name], progress) != entry.sha256:
+                raise SpecError(
+                    f"{root}: {name} was altered (its SHA-256 differs from the manifest); "
+                    "copy or export the bundle again"
+                )
+        expected = bundle_id(manifest.spec, manifest.files)
+        if manifest.bundle_id != expected:
+            raise SpecError(
+                f"{root}: {MANIFEST} was altered (bundle_id does not match spec and files); "
+                "copy or export the bundle again"
+            )
+        return cls(root, manifest)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    if not root.exists():
+        raise SpecError(f"{root}: no such bundle; make one with: gwp-edge export CHECKPOINT")
+    path = root / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise SpecError(
+            f"{root}: has no {MANIFEST}, so it is not a bundle; "
+            "make one with: gwp-edge export CHECKPOINT"
+        ) from None
+    except OSError as e:
+        raise SpecError(f"{root}: cannot read {MANIFEST}: {e.strerror}") from e
+    try:
+        head = msgspec.json.decode(data)
+        schema, version = head["schema"], head["schema_version"]
+    except (msgspec.DecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
+        raise SpecError(f"{path}: is not a gwp-edge manifest; export the policy again") from e
+    if schema != SCHEMA:
+        raise SpecError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
+    if version != SCHEMA_VERSION:
+        raise SpecError(
+            f"{path}: layout version {version!r}, this gwp-edge reads {SCHEMA_VERSION}; "
+            "export the policy again or install the matching gwp-edge"
+        )
+    try:
+        return msgspec.json.decode(data, type=Manifest)
+    except (msgspec.ValidationError, msgspec.DecodeError) as e:
+        raise SpecError(f"{path}: {e}; export the policy again") from e
+
+
+def _referenced(manifest: Manifest) -> set[str]:
+    names = {manifest.tables, manifest.weights, manifest.golden.file, *manifest.prompts.values()}
+    for graphs in manifest.graphs.values():
+        names |= {graphs.vision, graphs.prefill, graphs.denoise}
+    return names
+
+
+def _contained(root: Path, name: str) -> Path:
+    """Return the path of ``name``, which must be a plain file inside ``root``."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise SpecError(f"{root}: manifest names {name}, which is outside the bundle")
+    path = root / name
+    if not os.path.lexists(path):
+        raise SpecError(f"{root}: {name} is missing; copy or export the bundle again")
+    if path.resolve().parent != (root.resolve() / pure).parent or path.is_symlink():
+        raise SpecError(f"{root}: {name} is a link that leaves the bundle")
+    if not path.is_file():
+        raise SpecError(f"{root}: {name} is not a file")
+    return path

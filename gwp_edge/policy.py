@@ -1,0 +1,270 @@
+"""A policy: observation in, chunk of absolute actions out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from gwp_edge.bundle import Bundle
+from gwp_edge.chunking import Guidance, prefix_gain, shift_rows, warm_start_step
+from gwp_edge.engines import create_engine
+from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.preprocess import (
+    actions_from_network,
+    actions_to_network,
+    compose_canvas,
+    normalise_state,
+)
+from gwp_edge.protocols import Engine
+from gwp_edge.spec import PolicySpec
+from gwp_edge.telemetry import StageTimes
+from gwp_edge.types import Chunk, Float32Array, FloatArray, ImageArray, Observation
+
+
+class BundlePolicy:
+    """A bundle on an engine. Threads: one owner.
+
+    Args:
+        bundle: a checked bundle.
+        engine: runs its graphs; closed with the policy.
+        task: prompt to follow; None takes the bundle's first.
+        seed: of the noise that ``predict`` draws; None takes a fresh one.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        *,
+        task: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self._engine = engine
+        self._spec = bundle.spec
+        self._rng = np.random.default_rng(seed)
+        self._sigmas = np.asarray(self._spec.sampler.sigmas)
+        rows = (self._spec.n_rows, self._spec.network.n_action_channels)
+        self._no_prefix = np.zeros(rows, np.float32)
+        self._no_gain = np.zeros((self._spec.n_rows, 1), np.float32)
+        self._timing: StageTimes | None = None
+        self._n_chunks = 0
+        self.task = task if task is not None else self._spec.tasks[0]
+        engine.set_prompt(self.task)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """What the policy expects and gives."""
+        return self._spec
+
+    @property
+    def timing(self) -> StageTimes:
+        """Stage times of the last ``predict``.
+
+        Raises:
+            SpecError: nothing was predicted yet.
+        """
+        if self._timing is None:
+            raise SpecError("no chunk was predicted yet, so there are no stage times")
+        return self._timing
+
+    def predict(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32Array | None = None,
+        previous: Chunk | None = None,
+        guidance: Guidance | None = None,
+    ) -> Chunk:
+        """Return a plan of absolute actions, stamped with the observation's time.
+
+        Args:
+            observation: a frame of every camera of the spec, and the state (D,), rad and m.
+            noise: starting noise, (H, A) or (1, H, A), float32; drawn where None.
+            previous: the plan in execution, for real-time chunking.
+            guidance: how to stay near ``previous``; None for a free plan.
+
+        Raises:
+            SpecError: a camera is missing, or a shape does not fit the spec.
+        """
+        t_start = time.monotonic_ns()
+        canvas = compose_canvas(observation, self._spec.canvas)
+        state_norm = normalise_state(observation.state, self._spec)
+        x = self._noise(noise)
+        guide = self._guide(observation, previous, guidance, x)
+        stages = [time.monotonic_ns() - t_start]
+        x = self._sample(canvas, state_norm, guide, stages)
+        t_post = time.monotonic_ns()
+        chunk = Chunk(
+            actions=actions_from_network(x, observation.state, self._spec),
+            t_observed_ns=observation.t_observed_ns,
+            period_ns=self._spec.period_ns,
+            chunk_idx=self._n_chunks,
+        )
+        self._n_chunks += 1
+        self._timing = StageTimes(
+            preprocess_ns=stages[0],
+            vision_ns=stages[1],
+            prefill_ns=stages[2],
+            denoise_ns=tuple(stages[3:]),
+            postprocess_ns=time.monotonic_ns() - t_post,
+        )
+        return chunk
+
+    def _noise(self, noise: Float32Array | None) -> Float32Array:
+        shape = self._no_prefix.shape
+        if noise is None:
+            return self._rng.standard_normal(shape, dtype=np.float32)
+        given = np.asarray(noise)
+        if given.shape == (1, *shape):
+            given = given[0]
+        if given.shape != shape:
+            raise SpecError(f"noise: expected shape {shape}, got {np.asarray(noise).shape}")
+        if not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
+            raise SpecError("noise: expected finite floating-point numbers")
+        return np.ascontiguousarray(given, dtype=np.float32)
+
+    def _guide(
+        self,
+        observation: Observation,
+        previous: Chunk | None,
+        guidance: Guidance | None,
+        noise: Float32Array,
+    ) -> tuple[int, Float32Array, Float32Array, Float32Array]:
+        """Return first step, starting x, prefix (H, A) and its gain per step (N, H, 1)."""
+        n_steps, spec = self._spec.sampler.n_steps, self._spec
+        free = (
+            0,
+            noise,
+            self._no_prefix,
+            np.broadcast_to(self._no_gain, (n_steps, spec.n_rows, 1)),
+        )
+        if previous is None or guidance is None or guidance.method == "none":
+            return free
+        rows, n_real = shift_rows(previous, observation.t_observed_ns, spec.period_ns, spec.n_rows)
+        if n_real == 0:
+            return free
+        prefix = actions_to_network(rows, observation.state, spec)
+        horizon = min(guidance.n_horizon_rows or n_real, n_real)
+        limited = dataclasses.replace(guidance, n_horizon_rows=horizon)
+        gain = prefix_gain(limited, self._sigmas, spec.n_rows)
+        first = warm_start_step(guidance, self._sigmas)
+        if first > 0:
+            sigma = np.float32(self._sigmas[first])
+            noise = (1 - sigma) * prefix + sigma * noise
+        return first, noise, prefix, gain
+
+    def _sample(
+        self,
+        canvas: ImageArray,
+        state_norm: Float32Array,
+        guide: tuple[int, Float32Array, Float32Array, Float32Array],
+        stages: list[int],
+    ) -> Float32Array:
+        first, x, prefix, gain = guide
+        t_last = time.monotonic_ns()
+
+        def lap() -> None:
+            nonlocal t_last
+            now = time.monotonic_ns()
+            stages.append(now - t_last)
+            t_last = now
+
+        latent = self._engine.vision(canvas)
+        lap()
+        self._engine.prefill(latent, state_norm)
+        lap()
+        for step_idx in range(first, self._spec.sampler.n_steps):
+            x = self._engine.denoise(x, step_idx, prefix, gain[step_idx])
+            lap()
+        return x
+
+    def predict_from_canvas(
+        self, canvas: ImageArray, state: FloatArray, noise: Float32Array
+    ) -> tuple[Float32Array, FloatArray]:
+        """Return latent and absolute actions (H, D) for a composed canvas; rad and m."""
+        latent = self._engine.vision(canvas)
+        self._engine.prefill(latent, normalise_state(state, self._spec))
+        x = self._noise(noise)
+        for step_idx in range(self._spec.sampler.n_steps):
+            x = self._engine.denoise(x, step_idx, self._no_prefix, self._no_gain)
+        return latent, actions_from_network(x, state, self._spec)
+
+    def check_golden(self) -> None:
+        """Run the bundle's golden input on this machine and compare.
+
+        Raises:
+            BuildError: an action differs by more than the recorded tolerance.
+        """
+        golden = self.bundle.manifest.golden
+        arrays = self.bundle.arrays(golden.file)
+        self._engine.set_prompt(golden.task)
+        try:
+            _, actions = self.predict_from_canvas(
+                arrays["canvas"], np.asarray(arrays["state"], np.float64), arrays["noise"]
+            )
+        finally:
+            self._engine.set_prompt(self.task)
+        error = np.abs(actions - arrays["actions"])
+        if not np.isfinite(actions).all() or error.max() > golden.tolerance:
+            row, channel = np.unravel_index(int(np.nanargmax(error)), error.shape)
+            name = self._spec.channels[channel]
+            raise BuildError(
+                f"{self.bundle.root}: this engine does not reproduce the golden output: "
+                f"{name.name} row {row} is off by {error.max():.3g} {name.unit}, allowed "
+                f"{golden.tolerance:.3g}; do not run it on a robot"
+            )
+
+    def close(self) -> None:
+        """Free the engine; safe to call twice."""
+        self._engine.close()
+
+
+def load(
+    path: Path | str,
+    *,
+    engine: str = "ort",
+    task: str | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    weights: str = "packed",
+    seed: int | None = None,
+    check_golden: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> BundlePolicy:
+    """Load a bundle on this machine.
+
+    Args:
+        path: bundle folder.
+        engine: ``ort``, or ``trt`` where engines were built.
+        task: prompt to follow; None takes the bundle's first.
+        threads: CPU threads of the engine.
+        provider: ``cpu`` or ``cuda``, for ``ort``.
+        weights: ``packed`` or ``mapped``, for ``ort`` on the CPU.
+        seed: of the noise.
+        check_golden: run the self-test first; switch off only to look at a bundle.
+        progress: called with bytes hashed.
+
+    Raises:
+        SpecError: the bundle or an option does not fit.
+        BuildError: the engine does not reproduce the golden output.
+        PerformanceIssue: the provider is not there.
+    """
+    bundle = Bundle.open(path, progress=progress)
+    policy = BundlePolicy(
+        bundle,
+        create_engine(engine, bundle, provider=provider, threads=threads, weights=weights),
+        task=task,
+        seed=seed,
+    )
+    if check_golden:
+        try:
+            policy.check_golden()
+        except BaseException:
+            policy.close()
+            raise
+    return policy
