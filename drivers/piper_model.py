@@ -63,6 +63,8 @@ JOINT_ACCELERATION_MAX_RAD_S2: Final = 5.0
 # The gripper's own speed is not published; 0.1 m/s opens it fully in under a second.
 GRIPPER_VELOCITY_MAX_M_S: Final = 0.1
 GRIPPER_ACCELERATION_MAX_M_S2: Final = 1.0
+_IK_ITERATIONS: Final = 300
+_IK_DAMPING: Final = 1e-4
 
 
 def command_range(n_arms: int) -> tuple[FloatArray, FloatArray]:
@@ -126,6 +128,38 @@ def tool_jacobian(joints_rad: FloatArray) -> FloatArray:
     tip = links[-1][:3, 3] + TOOL_OFFSET_M * links[-1][:3, 2]
     axes = links[:, :3, 2]
     return np.vstack([np.cross(axes, tip - links[:, :3, 3]).T, axes.T])
+
+
+def solve_joints(target: FloatArray, start_rad: FloatArray) -> FloatArray:
+    """Return joint angles that bring the tool to ``target``, shape (6,), within the safe limits.
+
+    Damped least squares from ``start_rad``; of several solutions it finds the near one.
+
+    Args:
+        target: wanted ``tool_pose``, shape (4, 4), m.
+        start_rad: where to begin, shape (6,).
+
+    Raises:
+        SpecError: not reached to 0.1 mm and 1 mrad within the limits from this start.
+    """
+    limits = joint_limits(1)
+    low, high = limits.position_min[:N_JOINTS], limits.position_max[:N_JOINTS]
+    joints = np.clip(np.asarray(start_rad, np.float64), low, high)
+    error = np.full(6, np.inf)
+    for _ in range(_IK_ITERATIONS):
+        pose = tool_pose(joints)
+        turn = 0.5 * np.cross(pose[:3, :3], target[:3, :3], axis=0).sum(axis=1)
+        error = np.concatenate([target[:3, 3] - pose[:3, 3], turn])
+        if np.linalg.norm(error[:3]) < 1e-4 and np.linalg.norm(error[3:]) < 1e-3:
+            return joints
+        jacobian = tool_jacobian(joints)
+        damped = jacobian @ jacobian.T + _IK_DAMPING * np.eye(6)
+        step = jacobian.T @ np.linalg.solve(damped, error)
+        joints = np.clip(joints + np.clip(step, -0.2, 0.2), low, high)
+    raise SpecError(
+        f"the tool does not reach {np.round(target[:3, 3], 3).tolist()} m with this orientation: "
+        f"{np.linalg.norm(error[:3]) * 1e3:.1f} mm and {np.linalg.norm(error[3:]):.3f} rad are left"
+    )
 
 
 def _dh_transform(row: DhRow, angle_rad: float) -> FloatArray:

@@ -139,8 +139,9 @@ class SimArm:
             DeviceError: not open, or not enabled.
             SafetyFault: not finite, wrong shape or beyond the controller's range; nothing sent.
         """
-        self._opened()
         command = check_command(position, self._range)
+        # Another process may have enabled the arm; a guardian relies on that.
+        self._enabled = self._enabled or self.state().enabled
         if not self._enabled:
             raise DeviceError("the sim's arm is not enabled; open it with enable=True")
         self._publish(command)

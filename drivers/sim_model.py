@@ -23,12 +23,12 @@ from gwp_edge.types import FloatArray
 ARM_SPACING_M: Final = 0.5
 CUBE_HALF_M: Final = 0.0225
 CUBES: Final[dict[str, str]] = {"red_cube": "0.85 0.08 0.08 1", "blue_cube": "0.10 0.22 0.85 1"}
-#: Joint angles and opening at the start: tools over the table, pointing down at a slant.
-READY: Final = (0.0, 1.35, -1.15, 0.0, 1.1, 0.0, 0.05)
+#: Joint angles and opening at the start: arms drawn back, so that they hide no cube from above.
+READY: Final = (0.0, 0.5, -0.6, 0.0, 1.1, 0.0, 0.05)
 
 _FIXED_MOUNTS: Final[dict[str, tuple[tuple[float, ...], tuple[float, ...], float]]] = {
     # name: position, point looked at (m, world), vertical field of view (deg)
-    "high": ((-0.12, 0.0, 0.95), (0.22, 0.0, 0.0), 46.0),
+    "high": ((0.10, 0.0, 0.95), (0.21, 0.0, 0.0), 42.0),
     "front": ((1.05, 0.0, 0.60), (0.15, 0.0, 0.17), 45.0),
     "left_side": ((0.45, 0.95, 0.50), (0.25, 0.0, 0.10), 45.0),
     "right_side": ((0.45, -0.95, 0.50), (0.25, 0.0, 0.10), 45.0),
@@ -46,7 +46,7 @@ _DEFAULT_MOUNTS: Final[dict[str, str]] = {
 }
 # kp (Nm/rad), kv (Nms/rad), torque limit (Nm), armature (kgm2): stiff and about critically damped.
 _SERVOS: Final = ((600, 32, 25, 0.10),) * 3 + ((120, 4.5, 10, 0.03),) * 3
-_GRIPPER_SERVO: Final = (1000, 25, 30)
+_GRIPPER_SERVO: Final = (1000, 25, 15)
 #: Velocity feed-forward that cancels the lag of the damping term, s: kv / kp per channel.
 FEED_FORWARD_S: Final = (*(kv / kp for kp, kv, _, _ in _SERVOS), 25 / 1000)
 
@@ -138,15 +138,15 @@ def build_mjcf(
   <visual>
     <global offwidth="{width_px}" offheight="{height_px}"/>
     <quality offsamples="0" shadowsize="0"/>
-    <headlight ambient="0.32 0.32 0.32" diffuse="0.28 0.28 0.28" specular="0.05 0.05 0.05"/>
+    <headlight ambient="0.27 0.27 0.27" diffuse="0.16 0.16 0.16" specular="0 0 0"/>
     <map znear="0.01" zfar="20"/>
   </visual>
   <statistic extent="1" center="0.3 0 0.2"/>
 {_ASSETS}  <worldbody>
     <light name="key" directional="true" castshadow="false" pos="0.3 0.8 2"
-      dir="-0.15 -0.45 -0.9" diffuse="0.55 0.54 0.5" specular="0.2 0.2 0.2"/>
+      dir="-0.15 -0.45 -0.9" diffuse="0.44 0.43 0.41" specular="0.15 0.15 0.15"/>
     <light name="fill" directional="true" castshadow="false" pos="1 -0.8 1.5"
-      dir="-0.5 0.4 -0.6" diffuse="0.18 0.19 0.22" specular="0 0 0"/>
+      dir="-0.5 0.4 -0.6" diffuse="0.14 0.15 0.17" specular="0 0 0"/>
 {_TABLE}{fixed}{cubes}{arms}  </worldbody>
   <equality>{"".join(_EQUALITY.format(p=p) for p in prefixes)}
   </equality>
@@ -289,7 +289,8 @@ def _finger(prefix: str, side: str, sign: int, collision: str) -> str:
         <joint name="{prefix}_finger_{side}" type="slide" axis="0 {sign} 0"
           range="0 {half_range}" armature="0.05"/>
         <geom name="{prefix}_pad_{side}" type="box" size="0.011 0.007 0.036" material="pad"
-          mass="0.04" condim="4" friction="1.5 0.02 0.001" {collision}/>
+          mass="0.04" condim="4" friction="1.5 0.02 0.001"
+          solref="0.004 1" solimp="0.97 0.995 0.0005" {collision}/>
       </body>
       """
 

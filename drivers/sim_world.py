@@ -224,6 +224,8 @@ class SimWorld:
             self._controller.step(self._target, self.position)
             self._write_setpoint()
             self._mujoco.mj_step(self._model, self._data)
+        # A step ends with new coordinates and the frames of the old ones.
+        self._update_frames()
         self._n_steps += n_steps
         unstable = self._mujoco.mjtWarning.mjWARN_BADQPOS, self._mujoco.mjtWarning.mjWARN_BADQACC
         if any(self._data.warning[int(w)].number for w in unstable):
@@ -234,11 +236,8 @@ class SimWorld:
 
     def set_qpos(self, qpos: FloatArray) -> None:
         """Show the configuration of another world of the same make, shape (nq,); for drawing."""
-        mujoco = self._mujoco
         self._data.qpos[:] = qpos
-        mujoco.mj_kinematics(self._model, self._data)
-        mujoco.mj_comPos(self._model, self._data)
-        mujoco.mj_camlight(self._model, self._data)
+        self._update_frames()
 
     # -- pictures ---------------------------------------------------------------------------
 
@@ -276,6 +275,12 @@ class SimWorld:
         self.close()
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _update_frames(self) -> None:
+        mujoco = self._mujoco
+        mujoco.mj_kinematics(self._model, self._data)
+        mujoco.mj_comPos(self._model, self._data)
+        mujoco.mj_camlight(self._model, self._data)
 
     def _index_channels(self) -> None:
         # A joint has one coordinate, a gripper two that add up; a joint is listed as half and half.
