@@ -1,1 +1,57 @@
-"""Command line of gwp-edge."""
+"""Command line of gwp-edge. Every command imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from gwp_edge.commands import exporting, inference
+from gwp_edge.console import one_line_errors, say
+
+app = typer.Typer(
+    name="gwp-edge",
+    help="Put a GigaWorld-Policy checkpoint on a robot: export, run, profile.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (exporting.export, exporting.inspect, inference.infer):
+    app.command()(command)
+
+
+def _say_version(value: bool) -> None:
+    if value:
+        import gwp_edge
+
+        say(f"gwp-edge {gwp_edge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print and stop."),
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    """Common options."""
+    del version
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

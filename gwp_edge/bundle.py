@@ -225,12 +225,14 @@ class Bundle:
         return MappingProxyType(load_file(self.file(name)))
 
     @classmethod
-    def open(cls, path: Path | str, *, progress: Callable[[int], None] | None = None) -> Bundle:
+    def open(
+        cls, path: Path | str, *, progress: Callable[[str, int, int], None] | None = None
+    ) -> Bundle:
         """Open a bundle and check every file against the manifest.
 
         Args:
             path: the bundle folder.
-            progress: called with bytes hashed.
+            progress: called with what is done, bytes done and bytes in all.
 
         Raises:
             SpecError: not a bundle, a newer layout, or a file missing, truncated, altered or
@@ -251,8 +253,16 @@ class Bundle:
                     f"{root}: {name} has {found} bytes, expected {entry.n_bytes}; "
                     "copy or export the bundle again"
                 )
+        total, done = sum(entry.n_bytes for entry in manifest.files.values()), 0
+
+        def advance(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            if progress is not None:
+                progress("check bundle", done, total)
+
         for name, entry in manifest.files.items():
-            if hash_file(places[name], progress) != entry.sha256:
+            if hash_file(places[name], advance) != entry.sha256:
                 raise SpecError(
                     f"{root}: {name} was altered (its SHA-256 differs from the manifest); "
                     "copy or export the bundle again"
@@ -264,6 +274,17 @@ class Bundle:
                 "copy or export the bundle again"
             )
         return cls(root, manifest)
+
+
+def read_spec(path: Path | str) -> PolicySpec:
+    """Return the spec of a bundle without checking its other files.
+
+    For checking a user's input early; nothing is run on it.
+
+    Raises:
+        SpecError: not a bundle, or a newer layout.
+    """
+    return _read_manifest(Path(path)).spec
 
 
 def _read_manifest(root: Path) -> Manifest:

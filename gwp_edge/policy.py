@@ -234,7 +234,7 @@ def load(
     weights: str = "packed",
     seed: int | None = None,
     check_golden: bool = True,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> BundlePolicy:
     """Load a bundle on this machine.
 
@@ -247,7 +247,7 @@ def load(
         weights: ``packed`` or ``mapped``, for ``ort`` on the CPU.
         seed: of the noise.
         check_golden: run the self-test first; switch off only to look at a bundle.
-        progress: called with bytes hashed.
+        progress: called with what is done, bytes done and bytes in all.
 
     Raises:
         SpecError: the bundle or an option does not fit.

@@ -1,0 +1,126 @@
+"""What the command line shares: one-line errors, progress bars, JSON and tables.
+
+Progress and remarks go to stderr, so that stdout holds the answer alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gwp_edge.errors import GwpError, SpecError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
+    """Print a one-line error and exit."""
+    sys.stderr.write(f"gwp-edge: {' '.join(message.split())}\n")
+    raise SystemExit(code)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn the project's errors, and what the system says about files, into one line."""
+    try:
+        yield
+    except GwpError as e:
+        # A list of many findings keeps its lines; the first one sums it up.
+        sys.stderr.write(f"gwp-edge: {e}\n")
+        raise SystemExit(EXIT_FAILED) from e
+    except (OSError, MemoryError) as e:
+        fail(f"{type(e).__name__}: {e}")
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (stage, done, total) that draws one bar for each stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    bars: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:24s}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=max(total, 1))
+            progress.update(bars[stage], completed=done if total else 1, total=max(total, 1))
+
+        yield report
+
+
+def say(text: str) -> None:
+    """Print one line of the answer."""
+    sys.stdout.write(f"{text}\n")
+
+
+def remark(text: str) -> None:
+    """Print a line that is not part of the answer."""
+    sys.stderr.write(f"{text}\n")
+
+
+def say_json(value: object) -> None:
+    """Print the answer as JSON."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def say_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; numbers stand to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        numeric = all(isinstance(row[i], (int, float)) for row in rows) and bool(rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def write_file(path: Path, write: Callable[[Any], None]) -> None:
+    """Write a file beside its place and rename it there.
+
+    Args:
+        path: where it goes.
+        write: called with the open binary file.
+
+    Raises:
+        SpecError: the folder is not there or cannot be written.
+    """
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise SpecError(f"{path}: folder {folder} does not exist")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
+            try:
+                write(file)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as e:
+        raise SpecError(f"{path}: cannot be written: {e.strerror}") from e
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as a JSON file, whole or not at all."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_file(path, lambda file: file.write(text.encode()))
