@@ -1,0 +1,121 @@
+"""What one tick of the PiPER driver costs: read, decode, pack and send, two fake arms."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gwp_edge.drivers.piper import PiperArm
+from gwp_edge.drivers.piper_fake_bus import FakeProcess
+from gwp_edge.drivers.piper_options import parse_options
+from gwp_edge.errors import DeviceError
+from gwp_edge.spec import Channel
+
+_PERIOD_NS = 5_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverCost:
+    """Cost of one driver tick for two arms over Unix sockets.
+
+    Attributes:
+        n_ticks: ticks measured, after the warm-up.
+        n_warm_up: ticks left out.
+        n_frames: frames decoded while measuring.
+        tick_us: p50, p95, p99 and maximum of ``state`` plus ``send``, us.
+        state_us: the same for ``state`` alone.
+        hold_us: the same for ``hold`` on a second connection that was opened ahead, us.
+    """
+
+    n_ticks: int
+    n_warm_up: int
+    n_frames: int
+    tick_us: tuple[float, float, float, float]
+    state_us: tuple[float, float, float, float]
+    hold_us: tuple[float, float, float, float]
+
+
+def _summary(values_ns: list[int]) -> tuple[float, float, float, float]:
+    p50, p95, p99, most = np.percentile(values_ns, (50, 95, 99, 100)) / 1e3
+    return float(p50), float(p95), float(p99), float(most)
+
+
+def measure_driver_cost(
+    *, n_ticks: int = 2000, n_warm_up: int = 200, n_holds: int = 50
+) -> DriverCost:
+    """Run the driver at 200 Hz on two fake arms, each in its own process, and time it.
+
+    Args:
+        n_ticks: ticks to measure.
+        n_warm_up: ticks before that.
+        n_holds: holds to time afterwards.
+    """
+    names = [f"{side}_joint_{i}" for side in ("left", "right") for i in range(7)]
+    channels = [
+        Channel(name=name, unit="m" if i % 7 == 6 else "rad", kind="absolute")
+        for i, name in enumerate(names)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        left = FakeProcess(os.fspath(Path(folder) / "left"))
+        right = FakeProcess(os.fspath(Path(folder) / "right"))
+        with left, right:
+            options = parse_options({"left": left.channel, "right": right.channel})
+            arm, second = PiperArm(channels, options), PiperArm(channels, options)
+            try:
+                arm.open(enable=True)
+                ticks, states, n_frames = _run(arm, n_ticks, n_warm_up)
+                second.open(enable=False)
+                holds = _time_holds(second, n_holds)
+            finally:
+                arm.close()
+                second.close()
+    return DriverCost(
+        n_ticks=n_ticks,
+        n_warm_up=n_warm_up,
+        n_frames=n_frames,
+        tick_us=_summary(ticks),
+        state_us=_summary(states),
+        hold_us=_summary(holds),
+    )
+
+
+def _run(arm: PiperArm, n_ticks: int, n_warm_up: int) -> tuple[list[int], list[int], int]:
+    state = arm.state()
+    pose = state.position
+    ticks: list[int] = []
+    states: list[int] = []
+    n_before = 0
+    due_ns = time.monotonic_ns()
+    for i in range(n_ticks + n_warm_up):
+        due_ns += _PERIOD_NS
+        time.sleep(max(0, due_ns - time.monotonic_ns()) / 1e9)
+        begin_ns = time.perf_counter_ns()
+        state = arm.state()
+        between_ns = time.perf_counter_ns()
+        arm.send(pose)
+        end_ns = time.perf_counter_ns()
+        if state.fault is not None:
+            raise DeviceError(f"driver benchmark: {state.fault}")
+        if i == n_warm_up:
+            n_before = sum(unit.feedback.n_frames for unit in arm.units)
+        if i >= n_warm_up:
+            ticks.append(end_ns - begin_ns)
+            states.append(between_ns - begin_ns)
+    return ticks, states, sum(unit.feedback.n_frames for unit in arm.units) - n_before
+
+
+def _time_holds(arm: PiperArm, n_holds: int) -> list[int]:
+    durations: list[int] = []
+    for _ in range(n_holds):
+        time.sleep(0.005)
+        arm.state()
+        time.sleep(0.005)
+        begin_ns = time.perf_counter_ns()
+        arm.hold()
+        durations.append(time.perf_counter_ns() - begin_ns)
+    return durations

@@ -1,0 +1,364 @@
+"""Ways to carry CAN frames: a SocketCAN raw socket, python-can's virtual bus, a Unix socket.
+
+A channel is named ``can_left`` (a network interface), ``virtual:NAME`` (frames inside this
+process) or ``unix:PATH`` (a fake arm in another process). The SocketCAN transport is written to
+the kernel's documented interface (Documentation/networking/can.rst) and not yet run on hardware.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from struct import Struct
+from typing import TYPE_CHECKING, Protocol
+
+from gwp_edge.drivers.piper_codec import Frame
+from gwp_edge.drivers.piper_feedback import (
+    CAN_ERR_FLAG,
+    ERR_BUS_OFF,
+    ERR_CONTROLLER,
+    ERR_NO_ACK,
+    ERR_PROTOCOL,
+    ERR_RESTARTED,
+    ERR_TX_TIMEOUT,
+)
+from gwp_edge.errors import DeviceError, SpecError
+
+if TYPE_CHECKING:
+    import can
+
+logger = logging.getLogger(__name__)
+
+StampedFrame = tuple[int, bytes, int]
+
+# struct can_frame: identifier with flags, length, 3 bytes of padding, 8 bytes of data.
+CAN_FRAME = Struct("=IB3x8s")
+CAN_FILTER = Struct("=II")
+# A frame on the Unix socket: struct can_frame and the time at which the arm sent it.
+UNIX_FRAME = Struct("=IB3x8sq")
+_TIMESPEC = Struct("@ll")
+
+CAN_SFF_MASK = 0x7FF
+CAN_EFF_FLAG = 0x80000000
+CAN_RTR_FLAG = 0x40000000
+SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module does not name it
+_ERROR_MASK = (
+    ERR_BUS_OFF | ERR_RESTARTED | ERR_NO_ACK | ERR_TX_TIMEOUT | ERR_CONTROLLER | ERR_PROTOCOL
+)
+# A drain ends here even if frames come faster than they are read.
+_MAX_DRAIN = 512
+_IFF_UP = 1
+_ARPHRD_CAN = 280
+
+
+class CanBusyError(DeviceError):
+    """The transmit queue is full; this frame was not sent, the next one may be."""
+
+
+class CanTransport(Protocol):
+    """A bus end. Threads: one owner."""
+
+    name: str
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames`` back to back without blocking.
+
+        Raises:
+            CanBusyError: the queue is full; the rest of ``frames`` was not sent.
+            DeviceError: the bus is gone.
+        """
+        ...
+
+    def receive(self) -> list[StampedFrame]:
+        """Return all waiting frames: (identifier with flags, data, receive time in ns).
+
+        Raises:
+            DeviceError: the bus is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close; safe to call twice."""
+        ...
+
+
+class RealtimeOffset:
+    """Maps CLOCK_REALTIME stamps, as the kernel makes them, to the monotonic clock.
+
+    The offset is measured again before every drain, so a step of the wall clock cannot make
+    frames look old for longer than one drain. Threads: one owner.
+    """
+
+    _QUICK_NS = 50_000
+
+    def __init__(self) -> None:
+        self.offset_ns = time.monotonic_ns() - time.time_ns()
+        self.measure()
+
+    def measure(self) -> bool:
+        """Measure the offset; keep the last one, and return False, when interrupted meanwhile."""
+        before_ns = time.monotonic_ns()
+        real_ns = time.time_ns()
+        after_ns = time.monotonic_ns()
+        if after_ns - before_ns > self._QUICK_NS:
+            return False
+        self.offset_ns = (before_ns + after_ns) // 2 - real_ns
+        return True
+
+    def monotonic_ns(self, realtime_ns: int) -> int:
+        """Return the monotonic time of a CLOCK_REALTIME stamp."""
+        return realtime_ns + self.offset_ns
+
+
+def pack_filters(can_ids: Sequence[int]) -> bytes:
+    """Return the value of CAN_RAW_FILTER that passes exactly these 11-bit data frames."""
+    mask = CAN_SFF_MASK | CAN_EFF_FLAG | CAN_RTR_FLAG
+    return b"".join(CAN_FILTER.pack(can_id, mask) for can_id in can_ids)
+
+
+def _gone(name: str, e: OSError) -> DeviceError:
+    reason = errno.errorcode.get(e.errno or 0, str(e.errno))
+    if e.errno in (errno.ENETDOWN, errno.ENODEV, errno.ENXIO):
+        return DeviceError(
+            f"CAN interface {name} went down ({reason}): check the adapter's plug, then "
+            f"{_bring_up_commands(name)}"
+        )
+    return DeviceError(f"CAN channel {name} failed: {e.strerror or e} ({reason})")
+
+
+def _bring_up_commands(name: str) -> str:
+    return (
+        f"ip link set {name} down; "
+        f"ip link set {name} type can bitrate 1000000 restart-ms 100 berr-reporting on; "
+        f"ip link set {name} txqueuelen 64; ip link set {name} up"
+    )
+
+
+def check_interface(name: str, *, sysfs: Path = Path("/sys/class/net")) -> None:
+    """Check that the network interface ``name`` is there, is CAN, and is up.
+
+    Raises:
+        DeviceError: it is not; names the command that helps.
+    """
+    folder = sysfs / name
+    if not folder.is_dir():
+        present = sorted(p.name for p in sysfs.glob("*can*")) if sysfs.is_dir() else []
+        raise DeviceError(
+            f"CAN interface {name} is missing (there: {', '.join(present) or 'none'}): plug its "
+            "adapter in, load its driver (gs_usb for most), and name it by USB path with udev"
+        )
+    try:
+        kind = int((folder / "type").read_text())
+        flags = int((folder / "flags").read_text(), 0)
+    except (OSError, ValueError) as e:
+        raise DeviceError(f"CAN interface {name}: cannot read {folder}: {e}") from e
+    if kind != _ARPHRD_CAN:
+        raise DeviceError(f"interface {name} is not CAN (type {kind}, expected {_ARPHRD_CAN})")
+    if not flags & _IFF_UP:
+        raise DeviceError(f"CAN interface {name} is down: {_bring_up_commands(name)}")
+
+
+class SocketCan:
+    """One raw CAN socket with kernel filters, error frames and receive stamps.
+
+    Written to the kernel's documented interface; not yet run on hardware. Threads: one owner.
+    """
+
+    def __init__(self, name: str, can_ids: Sequence[int]) -> None:
+        self.name = name
+        check_interface(name)
+        self._offset = RealtimeOffset()
+        try:
+            self._socket = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+        except OSError as e:
+            raise DeviceError(
+                f"CAN interface {name}: this kernel has no CAN sockets ({e.strerror}): load the "
+                "modules can and can_raw"
+            ) from e
+        try:
+            configure_socket(self._socket, can_ids)
+            self._socket.bind((name,))
+        except OSError as e:
+            self._socket.close()
+            raise _gone(name, e) from e
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames``; see ``CanTransport.send``."""
+        try:
+            for can_id, data in frames:
+                self._socket.send(CAN_FRAME.pack(can_id, 8, data))
+        except OSError as e:
+            if e.errno in (errno.ENOBUFS, errno.EAGAIN):
+                raise CanBusyError(f"CAN interface {self.name}: transmit queue is full") from e
+            raise _gone(self.name, e) from e
+
+    def receive(self) -> list[StampedFrame]:
+        """Return the waiting frames; see ``CanTransport.receive``."""
+        self._offset.measure()
+        frames: list[StampedFrame] = []
+        try:
+            for _ in range(_MAX_DRAIN):
+                packet, control, _flags, _address = self._socket.recvmsg(16, 64)
+                can_id, length, data = CAN_FRAME.unpack(packet)
+                frames.append((can_id, data[:length], self._stamp_ns(control)))
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            raise _gone(self.name, e) from e
+        return frames
+
+    def _stamp_ns(self, control: list[tuple[int, int, bytes]]) -> int:
+        for level, kind, value in control:
+            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+                seconds, nanoseconds = _TIMESPEC.unpack(value[: _TIMESPEC.size])
+                return self._offset.monotonic_ns(seconds * 1_000_000_000 + nanoseconds)
+        return time.monotonic_ns()
+
+    def close(self) -> None:
+        """Close; safe to call twice."""
+        self._socket.close()
+
+
+def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
+    """Set the filters, error classes and stamps of a raw CAN socket, and make it non-blocking."""
+    raw.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, pack_filters(can_ids))
+    raw.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_ERR_FILTER, _ERROR_MASK)
+    raw.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    raw.settimeout(0)
+
+
+class UnixCan:
+    """Frames over a Unix SEQPACKET socket to a fake arm in another process.
+
+    Stamps are the monotonic time at which the arm sent the frame, so that a late reader cannot
+    take old frames for new ones. Threads: one owner.
+    """
+
+    def __init__(self, name: str, can_ids: Sequence[int], endpoint: socket.socket) -> None:
+        self.name = name
+        self._wanted = frozenset(can_ids)
+        endpoint.settimeout(0)
+        self._socket = endpoint
+
+    @classmethod
+    def connect(cls, path: str, can_ids: Sequence[int]) -> UnixCan:
+        """Connect to a fake arm that listens at ``path``.
+
+        Raises:
+            DeviceError: nothing listens there.
+        """
+        endpoint = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            endpoint.connect(path)
+        except OSError as e:
+            endpoint.close()
+            raise DeviceError(
+                f"CAN channel unix:{path}: nothing listens there ({e.strerror or e}): start the "
+                "fake arm first"
+            ) from e
+        return cls(f"unix:{path}", can_ids, endpoint)
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames``; see ``CanTransport.send``."""
+        try:
+            for can_id, data in frames:
+                self._socket.send(UNIX_FRAME.pack(can_id, 8, data, 0))
+        except BlockingIOError as e:
+            raise CanBusyError(f"CAN channel {self.name}: transmit queue is full") from e
+        except OSError as e:
+            raise _gone(self.name, e) from e
+
+    def receive(self) -> list[StampedFrame]:
+        """Return the waiting frames; see ``CanTransport.receive``."""
+        frames: list[StampedFrame] = []
+        append, take, unpack = frames.append, self._socket.recv, UNIX_FRAME.unpack
+        wanted, size = self._wanted, UNIX_FRAME.size
+        try:
+            for _ in range(_MAX_DRAIN):
+                packet = take(size)
+                if not packet:
+                    raise DeviceError(f"CAN channel {self.name} was closed by the other side")
+                can_id, length, data, t_ns = unpack(packet)
+                if can_id in wanted or can_id & CAN_ERR_FLAG:
+                    append((can_id, data if length == 8 else data[:length], t_ns))
+        except BlockingIOError:
+            pass
+        except OSError as e:
+            raise _gone(self.name, e) from e
+        return frames
+
+    def close(self) -> None:
+        """Close; safe to call twice."""
+        self._socket.close()
+
+
+class VirtualCan:
+    """python-can's ``virtual`` bus, which joins threads of one process. Threads: one owner."""
+
+    def __init__(self, channel: str, can_ids: Sequence[int]) -> None:
+        try:
+            import can
+        except ImportError as e:
+            raise DeviceError(
+                "python-can is missing, which virtual buses need: pip install 'gwp-edge[piper]'"
+            ) from e
+        self.name = f"virtual:{channel}"
+        self._can = can
+        self._wanted = frozenset(can_ids)
+        self._offset = RealtimeOffset()
+        self._bus: can.BusABC | None = can.Bus(interface="virtual", channel=channel)
+
+    def _open_bus(self) -> can.BusABC:
+        if self._bus is None:
+            raise DeviceError(f"CAN channel {self.name} is closed")
+        return self._bus
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames``; see ``CanTransport.send``."""
+        bus = self._open_bus()
+        try:
+            for can_id, data in frames:
+                bus.send(self._can.Message(arbitration_id=can_id, data=data, is_extended_id=False))
+        except self._can.CanError as e:
+            raise DeviceError(f"CAN channel {self.name} failed: {e}") from e
+
+    def receive(self) -> list[StampedFrame]:
+        """Return the waiting frames; see ``CanTransport.receive``."""
+        bus = self._open_bus()
+        self._offset.measure()
+        frames: list[StampedFrame] = []
+        while len(frames) < _MAX_DRAIN and (message := bus.recv(timeout=0)) is not None:
+            can_id = message.arbitration_id
+            t_ns = self._offset.monotonic_ns(int(message.timestamp * 1e9))
+            if message.is_error_frame:
+                frames.append((can_id | CAN_ERR_FLAG, bytes(message.data), t_ns))
+            elif can_id in self._wanted:
+                frames.append((can_id, bytes(message.data), t_ns))
+        return frames
+
+    def close(self) -> None:
+        """Close; safe to call twice."""
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            bus.shutdown()
+
+
+def open_transport(channel: str, can_ids: Sequence[int]) -> CanTransport:
+    """Open ``channel``, delivering the frames of ``can_ids`` and error frames.
+
+    Raises:
+        DeviceError: it is not there or not ready.
+        SpecError: the name is empty.
+    """
+    if not channel:
+        raise SpecError("CAN channel: expected an interface such as can_left, got an empty name")
+    kind, colon, rest = channel.partition(":")
+    if colon and kind == "unix":
+        return UnixCan.connect(rest, can_ids)
+    if colon and kind == "virtual":
+        return VirtualCan(rest, can_ids)
+    return SocketCan(channel, can_ids)

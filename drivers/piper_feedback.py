@@ -1,0 +1,355 @@
+"""What one PiPER says about itself, put together from its frames, and in plain words.
+
+The joints come as three frames. They become a new pose only when all three carry stamps within
+one short window, so two halves of different moments are never shown as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from gwp_edge.drivers import piper_codec as codec
+
+N = codec.N_JOINTS
+
+# The three joint frames leave the arm back to back (0.4 ms at 1 Mbit/s) every 5 ms: frames of one
+# moment are closer than this window, frames of neighbouring moments are not.
+POSE_WINDOW_NS = 3_000_000
+SILENCE_NS = 100_000_000
+SLOW_SILENCE_NS = 500_000_000
+_WILD_MDEG = 360_000
+_WILD_UM = 150_000
+
+CAN_ERR_FLAG = 0x20000000
+ERR_TX_TIMEOUT, ERR_CONTROLLER, ERR_PROTOCOL = 0x01, 0x04, 0x08
+ERR_NO_ACK, ERR_BUS_OFF, ERR_RESTARTED = 0x20, 0x40, 0x100
+
+MODE_WORDS = {
+    codec.MODE_STANDBY: "standby: the arm does not follow commands",
+    codec.MODE_TEACH: (
+        "teach mode: someone pressed the teach button; press it again to leave it; if it stays, "
+        "support the arm (a reset drops it) and reset it with the vendor's tool"
+    ),
+    3: "ethernet control: switch the arm to CAN in the vendor's tool",
+    4: "wifi control: switch the arm to CAN in the vendor's tool",
+    5: "remote control: switch the remote control off",
+    codec.MODE_LINKAGE: (
+        "leader (linkage teaching input) role: make it a follower in the vendor's tool and "
+        "switch its power off and on"
+    ),
+    7: "offline trajectory mode: end the trajectory in the vendor's tool",
+}
+
+STATUS_WORDS = {
+    1: (
+        "emergency stop: find out why, support the arm (a reset drops it), reset it with the "
+        "vendor's tool and start again"
+    ),
+    2: "no solution for the target",
+    3: "singular position",
+    4: "a target is over the arm's own angle limit",
+    5: "a joint does not answer the controller: check the arm's inner cable",
+    6: "a joint's brake is not released",
+    7: (
+        "collision detected, the arm is frozen: free it, support it (a reset drops it) and reset "
+        "it with the vendor's tool"
+    ),
+    8: "too fast while being dragged in teach mode",
+    9: "a joint reports an abnormal state",
+    10: "the controller reports an error without a name",
+    11: "a teach recording is running: end it with the teach button",
+    12: "a taught trajectory is running: end it with the teach button",
+    13: "a taught trajectory is paused: end it with the teach button",
+    14: "the controller is too hot: switch off and let it cool",
+    15: "the brake resistor is too hot: switch off and let it cool",
+}
+# These pass by themselves; every other status stays until the arm is opened again.
+_PASSING_STATUS = frozenset({2, 3, 4})
+
+# Bits of the drivers' status byte; 6 (enabled) is not a fault.
+_DRIVER_WORDS = {
+    0: "supply voltage too low: check the power supply",
+    1: "motor too hot: let it cool",
+    2: "driver over current",
+    3: "driver too hot: let it cool",
+    4: "collision detected",
+    5: "driver error",
+    7: "motor stalled: something blocks it",
+}
+_DRIVER_FAULT = 0b1011_1111
+_GRIPPER_WORDS = {
+    0: "supply voltage too low: check the power supply",
+    1: "motor too hot: let it cool",
+    2: "driver over current",
+    3: "driver too hot: let it cool",
+    4: "sensor error",
+    5: "driver error",
+}
+_GRIPPER_FAULT = 0b0011_1111
+_ENABLED = 0b0100_0000
+_FAST_JOINT = {can_id: j for j, can_id in enumerate(codec.ID_MOTOR_FAST)}
+_UNPACK_FAST = codec.DECODERS[codec.ID_MOTOR_FAST[0]]
+ALL_ENABLED = (1 << N) - 1
+
+
+def _bits(value: int, words: dict[int, str]) -> str:
+    return ", ".join(text for bit, text in words.items() if value >> bit & 1)
+
+
+def _joints(mask: int) -> str:
+    return ", ".join(f"joint {j + 1}" for j in range(N) if mask >> j & 1)
+
+
+class PiperFeedback:
+    """The newest of everything that one arm reports. Threads: one owner.
+
+    Attributes:
+        name: how messages call the arm, such as ``left arm (can_left)``.
+        joint_rad: six angles of one moment, rad; None before the first whole pose.
+        joint_mdeg: the same as the arm sent them, 0.001 degree.
+        t_pose_ns: stamp of the oldest of the three frames of ``joint_rad``.
+        gripper_um: total opening, 0.001 mm; None before the first frame.
+        velocity_rad_s: six joint speeds, rad/s; NaN before the first frame.
+        motor_rad: six motor positions, rad; NaN before the first frame.
+        current_a: six motor currents, A; NaN before the first frame.
+        enabled_mask: bit j is set while joint j + 1 reports its motor enabled.
+        mode, arm_status, move_mode: bytes 0 to 2 of the status frame; -1 before the first.
+        limits: what 0x473 answered per joint: (max, min) in 0.1 degree and the raw speed.
+        latched: the first lasting fault since ``reset``, or None.
+        stop_streaming: a lasting fault after which nothing may be sent any more.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, as after a new connection."""
+        nan = math.nan
+        self.joint_rad: list[float] | None = None
+        self.joint_mdeg: list[int] = [0] * N
+        self.t_pose_ns = 0
+        self.n_poses = 0
+        self._part: list[tuple[int, int]] = [(0, 0)] * 3
+        self._part_t_ns = [0, 0, 0]
+        self._part_new = 0
+        self.gripper_um: int | None = None
+        self.gripper_enabled = False
+        self.t_gripper_ns = 0
+        self.velocity_rad_s = [nan] * N
+        self.motor_rad = [nan] * N
+        self.current_a = [nan] * N
+        self.enabled_mask = 0
+        self.t_slow_ns = [0] * N
+        self.mode = self.arm_status = self.move_mode = -1
+        self.t_status_ns = 0
+        self.limits: list[tuple[int, int, int] | None] = [None] * N
+        self.acceleration_crad_s2: list[int | None] = [None] * N
+        self.gripper_parameter: tuple[int, ...] | None = None
+        self.firmware_text = b""
+        self.foreign_command = False
+        self.leader_seen = False
+        self.bus_off = False
+        self.n_frames = self.n_bad = self.n_error_frames = self.n_restarts = 0
+        self.error_classes = 0
+        self.latched: str | None = None
+        self.stop_streaming = False
+        self._passing: str | None = None
+        self.armed = False
+
+    def latch(self, fault: str, *, stop_streaming: bool = False) -> None:
+        """Keep ``fault`` until the arm is opened again; the first one stays.
+
+        Args:
+            fault: one line for the operator.
+            stop_streaming: someone else has the arm, or it has no power: send nothing more.
+        """
+        if self.latched is None:
+            self.latched = fault
+        self.stop_streaming = self.stop_streaming or stop_streaming
+
+    def ingest(self, frames: Iterable[tuple[int, bytes, int]]) -> None:
+        """Take frames in the order of their arrival.
+
+        Args:
+            frames: (identifier with error flag, data, receive time in ns).
+        """
+        # The hot loop of the driver: a dozen frames per tick and arm, half of them motor_fast.
+        unpack_of, joint_of = codec.DECODERS, _FAST_JOINT
+        for can_id, data, t_ns in frames:
+            self.n_frames += 1
+            if len(data) != 8:
+                self.n_bad += 1
+                continue
+            j = joint_of.get(can_id)
+            if j is not None:
+                speed, current, motor = _UNPACK_FAST(data)
+                self.velocity_rad_s[j] = speed * 1e-3
+                self.current_a[j] = current * 1e-3
+                self.motor_rad[j] = motor * 1e-3
+                continue
+            unpack = unpack_of.get(can_id)
+            if unpack is None:
+                self._other(can_id, data)
+            else:
+                self.take(can_id, unpack(data), t_ns)
+
+    def take(self, can_id: int, fields: tuple[int, ...], t_ns: int) -> None:
+        """Take the decoded ``fields`` of the feedback frame ``can_id``, received at ``t_ns``."""
+        if 0x2A5 <= can_id <= 0x2A7:
+            self._take_joints(can_id - 0x2A5, fields, t_ns)
+        elif can_id in _FAST_JOINT:
+            j = _FAST_JOINT[can_id]
+            self.velocity_rad_s[j] = fields[0] * 1e-3
+            self.current_a[j] = fields[1] * 1e-3
+            self.motor_rad[j] = fields[2] * 1e-3
+        elif can_id == codec.ID_STATUS:
+            self._take_status(fields, t_ns)
+        elif can_id == codec.ID_GRIPPER_FEEDBACK:
+            self._take_gripper(fields, t_ns)
+        elif 0x261 <= can_id <= 0x266:
+            self._take_slow(can_id - 0x261, fields[3], t_ns)
+        elif can_id == codec.ID_LIMIT and 1 <= fields[0] <= N:
+            self.limits[fields[0] - 1] = (fields[1], fields[2], fields[3])
+        elif can_id == codec.ID_ACCELERATION and 1 <= fields[0] <= N:
+            self.acceleration_crad_s2[fields[0] - 1] = fields[1]
+        elif can_id == codec.ID_GRIPPER_PARAMETER:
+            self.gripper_parameter = fields
+
+    def _take_joints(self, part: int, fields: tuple[int, ...], t_ns: int) -> None:
+        a, b = fields
+        if not (-_WILD_MDEG <= a <= _WILD_MDEG and -_WILD_MDEG <= b <= _WILD_MDEG):
+            self.n_bad += 1
+            return
+        self._part[part] = (a, b)
+        stamps = self._part_t_ns
+        stamps[part] = t_ns
+        self._part_new |= 1 << part
+        oldest = min(stamps)
+        if self._part_new != 0b111 or max(stamps) - oldest > POSE_WINDOW_NS:
+            return
+        self._part_new = 0
+        (j1, j2), (j3, j4), (j5, j6) = self._part
+        self.joint_mdeg = [j1, j2, j3, j4, j5, j6]
+        self.joint_rad = [angle * codec.RAD_PER_MDEG for angle in self.joint_mdeg]
+        self.t_pose_ns = oldest
+        self.n_poses += 1
+
+    def _take_status(self, fields: tuple[int, ...], t_ns: int) -> None:
+        self.t_status_ns = t_ns
+        self.mode, self.arm_status, self.move_mode = fields[0], fields[1], fields[2]
+        over, silent = fields[6], fields[7]
+        self._passing = None
+        if over & ALL_ENABLED:
+            self._passing = f"{_joints(over)} is at its angle limit"
+        if silent & ALL_ENABLED:
+            self.latch(
+                f"{_joints(silent)} does not answer the controller: check the arm's inner cable"
+            )
+        if self.arm_status:
+            words = STATUS_WORDS.get(self.arm_status, f"unknown arm status {self.arm_status}")
+            if self.arm_status in _PASSING_STATUS:
+                self._passing = words
+            else:
+                self.latch(words)
+        if self.armed and self.mode != codec.MODE_CAN:
+            words = MODE_WORDS.get(self.mode, f"unknown control mode {self.mode}")
+            self.latch(
+                f"the arm left CAN control, streaming stopped; it is in {words}",
+                stop_streaming=True,
+            )
+
+    def _take_gripper(self, fields: tuple[int, ...], t_ns: int) -> None:
+        if not -_WILD_UM <= fields[0] <= _WILD_UM:
+            self.n_bad += 1
+            return
+        self.gripper_um = fields[0]
+        self.t_gripper_ns = t_ns
+        status = fields[2]
+        if status & _GRIPPER_FAULT:
+            self.latch(f"gripper: {_bits(status, _GRIPPER_WORDS)}")
+        enabled = bool(status & _ENABLED)
+        if self.armed and not enabled:
+            self.latch("gripper: its motor lost power or was disabled from elsewhere")
+        self.gripper_enabled = enabled
+
+    def _take_slow(self, j: int, status: int, t_ns: int) -> None:
+        self.t_slow_ns[j] = t_ns
+        if status & _DRIVER_FAULT:
+            self.latch(f"joint {j + 1}: {_bits(status, _DRIVER_WORDS)}")
+        if status & _ENABLED:
+            self.enabled_mask |= 1 << j
+            return
+        self.enabled_mask &= ~(1 << j)
+        if self.armed:
+            self.latch(
+                f"joint {j + 1}: its motor lost power or was disabled from elsewhere",
+                stop_streaming=True,
+            )
+
+    def _other(self, can_id: int, data: bytes) -> None:
+        if can_id & CAN_ERR_FLAG:
+            self.n_error_frames += 1
+            self.error_classes |= can_id & 0x1FFFFFFF
+            if can_id & ERR_BUS_OFF:
+                self.bus_off = True
+            if can_id & ERR_RESTARTED:
+                self.n_restarts += 1
+        elif can_id == codec.ID_FIRMWARE:
+            self.firmware_text = (self.firmware_text + data)[-256:]
+        elif codec.ID_JOINTS_12 <= can_id <= codec.ID_JOINTS_56:
+            self.foreign_command = True
+            if self.armed:
+                self.latch(
+                    "another program or a leader arm sends joint commands to this arm: stop it",
+                    stop_streaming=True,
+                )
+        elif can_id in (0x2B1, 0x2C1):
+            self.leader_seen = True
+
+    @property
+    def t_received_ns(self) -> int:
+        """Stamp of the oldest part of the position, joints and gripper; 0 before it is whole."""
+        if self.joint_rad is None or self.gripper_um is None:
+            return 0
+        return min(self.t_pose_ns, self.t_gripper_ns)
+
+    def missing(self) -> list[str]:
+        """Return what the arm should report and has not yet, in words."""
+        gaps = []
+        if self.mode < 0:
+            gaps.append("status (0x2A1)")
+        if self.joint_rad is None:
+            gaps.append("joint angles (0x2A5 to 0x2A7)")
+        if self.gripper_um is None:
+            gaps.append("gripper (0x2A8)")
+        gaps += [f"joint {j + 1} driver (0x26{j + 1})" for j in range(N) if not self.t_slow_ns[j]]
+        return gaps
+
+    def silence(self, now_ns: int) -> str | None:
+        """Return what has been silent for too long at ``now_ns``, in words, or None."""
+        for what, t_ns in (
+            ("joint angles", self.t_pose_ns),
+            ("gripper", self.t_gripper_ns),
+            ("status", self.t_status_ns),
+        ):
+            if now_ns - t_ns > SILENCE_NS:
+                age_ms = (now_ns - t_ns) // 1_000_000
+                return (
+                    f"no {what} feedback for {age_ms} ms (expected every 5 ms): check the CAN "
+                    "cable and the arm's power"
+                )
+        oldest_ns = min(self.t_slow_ns)
+        if now_ns - oldest_ns > SLOW_SILENCE_NS:
+            joint = self.t_slow_ns.index(oldest_ns) + 1
+            return (
+                f"joint {joint}: no driver feedback for {(now_ns - oldest_ns) // 1_000_000} ms "
+                "(expected every 25 ms): check the arm's inner cable"
+            )
+        return None
+
+    def fault(self, now_ns: int) -> str | None:
+        """Return the most important fault at ``now_ns`` as one line for the operator, or None."""
+        text = self.latched or self.silence(now_ns) or self._passing
+        return None if text is None else f"{self.name}: {text}"

@@ -1,0 +1,295 @@
+"""One PiPER with its gripper: seven channels over one bus."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers.piper_bringup import Port, bus_off_error, check_ready, connect, enable
+from gwp_edge.drivers.piper_can import CanBusyError
+from gwp_edge.drivers.piper_feedback import (
+    ALL_ENABLED,
+    MODE_WORDS,
+    SILENCE_NS,
+    PiperFeedback,
+)
+from gwp_edge.drivers.piper_limits import PiperLimits, check_firmware, limits_from
+from gwp_edge.drivers.piper_link import Command, PiperLink, make_command
+from gwp_edge.drivers.piper_options import PiperOptions
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault
+from gwp_edge.protocols import Clock
+
+logger = logging.getLogger(__name__)
+
+N_CHANNELS = codec.N_JOINTS + 1
+MODE_PERIOD_NS = 200_000_000
+MAX_DROPPED_IN_ROW = 5
+# The caller has limited every target; one this far outside is a mistake, not a wish.
+_BEYOND_RAD = math.radians(10.0)
+_BEYOND_M = 0.01
+_DRIFT_RAD = math.radians(10.0)
+_AGREE_RAD = math.radians(2.0)
+_DRIFT_TIME_NS = 200_000_000
+
+
+class PiperUnit:
+    """One arm: connection, state, commands. Threads: one owner.
+
+    Attributes:
+        name: how messages call it.
+        feedback: the newest of what it says.
+        firmware: version text; known after ``connect``.
+        limits: known after ``connect``.
+        n_dropped: ticks that were dropped because the transmit queue was full.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        options: PiperOptions,
+        clock: Clock,
+        open_link: Callable[[], PiperLink],
+    ) -> None:
+        self.name = name
+        self.feedback = PiperFeedback(name)
+        self.firmware = "unknown"
+        self.limits: PiperLimits | None = None
+        self.n_dropped = 0
+        self._options = options
+        self._effort_mnm = round(options.gripper_effort_nm * 1000)
+        self._clock = clock
+        self._open_link = open_link
+        self._link: PiperLink | None = None
+        self._n_dropped_in_row = 0
+        self._t_mode_ns = 0
+        self._drift_faults = False
+        self._compares_motors = False
+        self._t_drift_ns = 0
+        self._failed: str | None = None
+        self._held: Command | None = None
+
+    def connect(self) -> None:
+        """Open the bus and check the arm, sending questions only.
+
+        Raises:
+            DeviceError: see ``piper_bringup.connect``.
+        """
+        self.feedback.reset()
+        self._failed = None
+        self._held = None
+        self._t_drift_ns = 0
+        self._n_dropped_in_row = 0
+        self._link = self._open_link()
+        connect(self._port())
+        self.firmware, drifts = check_firmware(self.feedback)
+        self.limits = limits_from(self.feedback, gripper_max_m=self._options.gripper_max_m)
+        policy = self._options.drift
+        self._drift_faults = policy == "fault" or (policy == "auto" and drifts)
+        self._compares_motors = policy != "off" and self._motors_agree()
+
+    def check_ready(self) -> None:
+        """Check that mode and status allow powering the motors.
+
+        Raises:
+            DeviceError: a person must act first; says how.
+        """
+        check_ready(self.feedback)
+
+    def enable(self) -> None:
+        """Power the motors; the arm holds its measured pose.
+
+        Raises:
+            DeviceError: see ``piper_bringup.enable``.
+        """
+        enable(
+            self._port(),
+            speed_percent=self._options.speed_percent,
+            gripper_effort_mnm=self._effort_mnm,
+        )
+        self._t_mode_ns = self._clock.now_ns()
+
+    def settle(self) -> None:
+        """Read until the newest pose is fresh, after time spent elsewhere."""
+        poses = self.feedback.n_poses
+        self._port().wait(50_000_000, lambda: self.feedback.n_poses > poses)
+
+    def _port(self) -> Port:
+        return Port(link=self._opened(), feedback=self.feedback, clock=self._clock)
+
+    def _opened(self) -> PiperLink:
+        if self._failed is not None:
+            raise DeviceError(self._failed)
+        if self._link is None:
+            raise DeviceError(f"{self.name} is not open: call open first")
+        return self._link
+
+    def _motors_agree(self) -> bool:
+        """Whether motor positions can be compared with joint angles on this arm.
+
+        Raises:
+            DeviceError: most joints agree and one does not: its angle has drifted.
+        """
+        differences = self._differences()
+        agreeing = sum(abs(d) < _AGREE_RAD for d in differences)
+        if agreeing < codec.N_JOINTS // 2:
+            logger.warning(
+                "%s: motor positions (0x25x) and joint angles have no common zero; a drift of the "
+                "joint angles cannot be seen",
+                self.name,
+            )
+            return False
+        worst = max(range(codec.N_JOINTS), key=lambda j: abs(differences[j]))
+        if not abs(differences[worst]) <= _DRIFT_RAD:
+            self._report_drift(worst, differences[worst])
+            if self._drift_faults:
+                raise DeviceError(f"{self.name}: {self.feedback.latched}")
+        return True
+
+    def _differences(self) -> list[float]:
+        joints = self.feedback.joint_rad or [math.nan] * codec.N_JOINTS
+        return [m - q for m, q in zip(self.feedback.motor_rad, joints, strict=True)]
+
+    def _report_drift(self, j: int, difference_rad: float) -> None:
+        text = (
+            f"joint {j + 1}: its angle and its motor differ by "
+            f"{math.degrees(difference_rad):.1f} deg: the feedback has drifted (known on firmware "
+            "S-V1.8-6); support the arm, switch its power off and on, update the firmware"
+        )
+        if self._drift_faults:
+            self.feedback.latch(text)
+        else:
+            logger.warning("%s: %s", self.name, text)
+
+    def poll(self, now_ns: int) -> None:
+        """Read everything that waits.
+
+        Raises:
+            DeviceError: the bus is off or gone; stays so until the arm is opened again.
+        """
+        link = self._opened()
+        try:
+            link.poll(self.feedback)
+        except DeviceError as e:
+            self._failed = f"{self.name}: {e}"
+            raise DeviceError(self._failed) from e
+        if self.feedback.bus_off:
+            error = bus_off_error(self.name)
+            self._failed = str(error)
+            raise error
+        if self._compares_motors:
+            self._watch_drift(now_ns)
+
+    def _watch_drift(self, now_ns: int) -> None:
+        joints = self.feedback.joint_rad
+        if joints is None:
+            return
+        for j, (motor, joint) in enumerate(zip(self.feedback.motor_rad, joints, strict=True)):
+            if abs(motor - joint) > _DRIFT_RAD:
+                if self._t_drift_ns == 0:
+                    self._t_drift_ns = now_ns
+                elif now_ns - self._t_drift_ns > _DRIFT_TIME_NS:
+                    # Once is enough: a latched fault stays, a warning must not flood the log.
+                    self._compares_motors = False
+                    self._report_drift(j, motor - joint)
+                return
+        self._t_drift_ns = 0
+
+    def enabled(self) -> bool:
+        """Whether all six joint motors report power."""
+        return self.feedback.enabled_mask == ALL_ENABLED
+
+    def prepare(self, position: Sequence[float]) -> Command:
+        """Return the checked command for seven targets, rad and m; sends nothing.
+
+        Raises:
+            SafetyFault: not finite, or far outside of what this arm can do.
+        """
+        limits = self.limits
+        if limits is None:
+            raise DeviceError(f"{self.name} is not open: call open first")
+        joint_mdeg = [codec.rad_to_mdeg(q) for q in position[: codec.N_JOINTS]]
+        gripper_um = codec.m_to_um(position[codec.N_JOINTS])
+        for i, value in enumerate(position):
+            beyond = _BEYOND_RAD if i < codec.N_JOINTS else _BEYOND_M
+            if not limits.position_min[i] - beyond <= value <= limits.position_max[i] + beyond:
+                what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
+                raise SafetyFault(
+                    f"{self.name}: {what} target {value:.4f} is far outside its range "
+                    f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}; nothing was "
+                    "sent"
+                )
+        return make_command(joint_mdeg, (gripper_um, self._effort_mnm))
+
+    def send(self, command: Command) -> None:
+        """Send one tick.
+
+        Raises:
+            DeviceTimeoutError: the transmit queue is full, the rest of this tick was dropped.
+            DeviceError: opened for reading only, someone else has the arm, five ticks in a row
+                were dropped, or the bus is gone.
+        """
+        link = self._opened()
+        if not self.feedback.armed:
+            raise DeviceError(f"{self.name} is open for reading only: open it with enable")
+        if self.feedback.stop_streaming:
+            raise DeviceError(f"{self.name}: {self.feedback.latched}")
+        now_ns = self._clock.now_ns()
+        try:
+            if now_ns - self._t_mode_ns >= MODE_PERIOD_NS:
+                link.mode(self._options.speed_percent)
+                self._t_mode_ns = now_ns
+            link.command(command)
+        except CanBusyError as e:
+            self._drop(e)
+        except DeviceError as e:
+            self._failed = f"{self.name}: {e}"
+            raise DeviceError(self._failed) from e
+        else:
+            self._n_dropped_in_row = 0
+
+    def _drop(self, cause: CanBusyError) -> None:
+        self.n_dropped += 1
+        self._n_dropped_in_row += 1
+        if self._n_dropped_in_row >= MAX_DROPPED_IN_ROW:
+            self._failed = (
+                f"{self.name}: the CAN transmit queue was full {MAX_DROPPED_IN_ROW} times in a "
+                "row: nobody acknowledges frames; check the arm's power, cable and termination"
+            )
+            raise DeviceError(self._failed) from cause
+        raise DeviceTimeoutError(
+            f"{self.name}: the CAN transmit queue is full, this tick was dropped "
+            f"({self._n_dropped_in_row} of {MAX_DROPPED_IN_ROW} in a row)"
+        ) from cause
+
+    def hold(self) -> None:
+        """Command the pose of the first call; the gripper and the mode are left alone.
+
+        Raises:
+            DeviceError: not under CAN control, no fresh pose, or it could not be sent.
+        """
+        now_ns = self._clock.now_ns()
+        self.poll(now_ns)
+        feedback = self.feedback
+        if feedback.mode != codec.MODE_CAN:
+            words = MODE_WORDS.get(feedback.mode, f"unknown control mode {feedback.mode}")
+            raise DeviceError(f"{self.name}: nothing to hold, the arm is in {words}")
+        if self._held is None:
+            if now_ns - feedback.t_pose_ns > SILENCE_NS:
+                raise DeviceError(f"{self.name}: no fresh joint angles to hold; nothing was sent")
+            self._held = make_command(feedback.joint_mdeg, None)
+        try:
+            self._opened().command(self._held)
+        except CanBusyError as e:
+            raise DeviceTimeoutError(
+                f"{self.name}: the CAN transmit queue is full, the hold was not sent"
+            ) from e
+
+    def close(self) -> None:
+        """Close the bus; the arm keeps holding its last target. Safe to call twice."""
+        link, self._link = self._link, None
+        self.feedback.armed = False
+        if link is not None:
+            link.close()

@@ -1,0 +1,475 @@
+"""Faults while a PiPER runs: each shows within its time, in words, and nothing is fought."""
+
+import logging
+
+import numpy as np
+import pytest
+from piper_rig import MS, Rig
+
+from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers.piper_feedback import ERR_NO_ACK, ERR_RESTARTED, PiperFeedback
+from gwp_edge.errors import DeviceError, DeviceTimeoutError
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    rig.arm.open(enable=True)
+    rig.run(rig.watch().position, 20)
+    return rig
+
+
+def test_quiet_run_has_no_fault(rig):
+    for _ in range(200):
+        assert rig.run(rig.watch().position, 1).fault is None
+
+
+@pytest.mark.parametrize(
+    ("muted", "words"),
+    [
+        ({0x2A5}, "no joint angles feedback for"),
+        ({0x2A8}, "no gripper feedback for"),
+        ({0x2A1}, "no status feedback for"),
+    ],
+)
+def test_silence_shows_within_110_ms(rig, muted, words):
+    rig.fake.faults.mute_ids = frozenset(muted)
+    text, took_ns = rig.fault_after(110 * MS)
+    assert words in text
+    assert took_ns > 90 * MS
+    assert "check the CAN cable" in text
+
+
+def test_silence_of_everything_shows_and_passes_when_frames_return(rig):
+    rig.fake.faults.silent = True
+    text, _ = rig.fault_after(110 * MS)
+    assert text.startswith("arm (can0): no joint angles feedback for 1")
+    age_ns = rig.clock.t_ns - rig.arm.state().t_received_ns
+    assert age_ns > 90 * MS
+    rig.fake.faults.silent = False
+    assert rig.watch(10).fault is None
+
+
+def test_silent_joint_driver_is_named(rig):
+    rig.fake.faults.mute_ids = frozenset({0x264})
+    text, _ = rig.fault_after(530 * MS)
+    assert "joint 4: no driver feedback for" in text
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (1, "emergency stop: find out why"),
+        (5, "a joint does not answer the controller"),
+        (6, "brake is not released"),
+        (7, "collision detected, the arm is frozen"),
+        (9, "a joint reports an abnormal state"),
+        (10, "error without a name"),
+        (14, "controller is too hot"),
+        (15, "brake resistor is too hot"),
+    ],
+)
+def test_status_fault_shows_at_once_and_stays(rig, status, words):
+    rig.fake.faults.arm_status = status
+    text, _ = rig.fault_after(10 * MS)
+    assert words in text
+    rig.fake.faults.arm_status = None
+    assert words in rig.watch(50).fault
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(2, "no solution"), (3, "singular"), (4, "over the arm's own angle limit")],
+)
+def test_passing_status_shows_and_passes(rig, status, words):
+    rig.fake.faults.arm_status = status
+    text, _ = rig.fault_after(10 * MS)
+    assert words in text
+    rig.bus.sent.clear()
+    rig.run(rig.watch().position, 41)
+    assert codec.ID_MODE in [can_id for can_id, _ in rig.bus.sent]
+    rig.fake.faults.arm_status = None
+    assert rig.watch(2).fault is None
+
+
+def test_joint_at_its_limit_is_named_and_passes(rig):
+    rig.fake.faults.over_limit = 0b000100
+    assert "joint 3 is at its angle limit" in rig.fault_after(10 * MS)[0]
+    rig.fake.faults.over_limit = 0
+    assert rig.watch(2).fault is None
+
+
+def test_joints_that_do_not_answer_are_named_and_stay(rig):
+    rig.fake.faults.joint_silent = 0b100001
+    assert "joint 1, joint 6 does not answer the controller" in rig.fault_after(10 * MS)[0]
+    rig.fake.faults.joint_silent = 0
+    assert rig.watch(2).fault is not None
+
+
+@pytest.mark.parametrize(
+    ("bit", "words"),
+    [
+        (0, "supply voltage too low"),
+        (1, "motor too hot"),
+        (2, "driver over current"),
+        (3, "driver too hot"),
+        (4, "collision detected"),
+        (5, "driver error"),
+        (7, "motor stalled"),
+    ],
+)
+def test_driver_bit_shows_within_a_driver_period_and_stays(rig, bit, words):
+    rig.fake.faults.driver_bits[5] = 1 << bit
+    text, _ = rig.fault_after(30 * MS)
+    assert f"joint 5: {words}" in text
+    rig.fake.faults.driver_bits.clear()
+    assert words in rig.watch(20).fault
+    rig.arm.send(rig.watch().position)  # holding goes on
+
+
+def test_driver_bit_for_one_frame_between_two_ticks_is_not_lost(rig):
+    rig.fake.faults.driver_bits[1] = 1 << 2
+    rig.clock.t_ns += 25 * MS
+    frames = rig.bus.receive()
+    rig.fake.faults.driver_bits.clear()
+    rig.clock.t_ns += 25 * MS
+    frames += rig.bus.receive()
+    rig.arm.units[0].feedback.ingest(frames)
+    assert "joint 1: driver over current" in rig.arm.state().fault
+
+
+def test_gripper_fault_is_named(rig):
+    rig.fake.faults.gripper_bits = 1 << 4
+    assert "gripper: sensor error" in rig.fault_after(10 * MS)[0]
+
+
+def test_teach_button_stops_streaming_and_is_not_fought(rig):
+    rig.fake.press_teach()
+    text, _ = rig.fault_after(10 * MS)
+    assert "the arm left CAN control, streaming stopped" in text
+    assert "someone pressed the teach button" in text
+    n_sent = len(rig.bus.sent)
+    for _ in range(100):
+        state = rig.watch()
+        assert state.fault is not None
+        with pytest.raises(DeviceError, match="someone pressed the teach button"):
+            rig.arm.send(state.position)
+    assert len(rig.bus.sent) == n_sent
+    assert not rig.fake.forbidden
+
+
+@pytest.mark.parametrize("mode", [0, 3, 4, 5, 6, 7])
+def test_mode_that_is_not_can_latches_even_when_it_returns(rig, mode):
+    rig.fake.faults.mode = mode
+    rig.fault_after(10 * MS)
+    rig.fake.faults.mode = None
+    state = rig.watch(20)
+    assert "left CAN control" in state.fault
+    with pytest.raises(DeviceError, match="left CAN control"):
+        rig.arm.send(state.position)
+
+
+def test_motor_that_loses_power_is_named_and_not_enabled(rig):
+    rig.fake.enabled[3] = False
+    text, _ = rig.fault_after(30 * MS)
+    assert "joint 4: its motor lost power or was disabled from elsewhere" in text
+    assert not rig.arm.state().enabled
+    with pytest.raises(DeviceError, match="joint 4"):
+        rig.arm.send(rig.arm.state().position)
+
+
+def test_gripper_that_loses_power_is_named(rig):
+    rig.fake.gripper_enabled = False
+    assert "gripper: its motor lost power" in rig.fault_after(10 * MS)[0]
+
+
+def test_another_program_that_commands_the_arm_stops_ours(rig):
+    rig.inject(*codec.encode_joints([0] * 6)[0])
+    assert "another program or a leader arm" in rig.fault_after(10 * MS)[0]
+    with pytest.raises(DeviceError, match="another program"):
+        rig.arm.send(rig.arm.state().position)
+
+
+def test_bus_off_ends_the_connection_for_good(rig):
+    rig.fake.bus_off()
+    with pytest.raises(DeviceError, match=r"arm \(can0\): the CAN controller went bus-off"):
+        rig.watch()
+    n_sent = len(rig.bus.sent)
+    with pytest.raises(DeviceError, match="bus-off"):
+        rig.arm.send(np.zeros(7))
+    with pytest.raises(DeviceError, match="bus-off"):
+        rig.watch()
+    assert len(rig.bus.sent) == n_sent
+
+
+def test_bus_off_open_again_seeds_from_the_measured_pose(rig):
+    target = rig.watch().position.copy()
+    target[0] += 0.5
+    rig.run(target, 30)
+    rig.fake.bus_off()
+    with pytest.raises(DeviceError):
+        rig.watch()
+    rig.bus.sent.clear()
+    rig.arm.open(enable=True)
+    first = next(data for can_id, data in rig.bus.sent if can_id == 0x155)
+    measured_mdeg = codec.DECODERS[0x2A5](first)[0]
+    assert abs(measured_mdeg - rig.fake.joint_mdeg[0]) < 2000
+    assert rig.watch().fault is None
+
+
+def test_interface_that_goes_down_ends_the_connection(rig):
+    rig.bus.down = True
+    with pytest.raises(DeviceError, match="went down"):
+        rig.watch()
+    with pytest.raises(DeviceError, match="went down"):
+        rig.arm.send(np.zeros(7))
+
+
+def test_error_frames_are_counted_and_are_no_fault(rig):
+    rig.fake.error_frame(ERR_NO_ACK)
+    rig.fake.error_frame(ERR_RESTARTED)
+    assert rig.watch().fault is None
+    feedback = rig.arm.units[0].feedback
+    assert (feedback.n_error_frames, feedback.n_restarts) == (2, 1)
+
+
+def test_full_queue_drops_ticks_counts_and_gives_up_after_five(rig):
+    pose = rig.watch().position
+    for _ in range(4):
+        rig.bus.busy = 1
+        with pytest.raises(DeviceTimeoutError, match="this tick was dropped"):
+            rig.arm.send(pose)
+    rig.arm.send(pose)  # one that fits starts the count again
+    for _ in range(4):
+        rig.bus.busy = 1
+        with pytest.raises(DeviceTimeoutError):
+            rig.arm.send(pose)
+    rig.bus.busy = 1
+    with pytest.raises(DeviceError, match="full 5 times in a row: nobody acknowledges") as caught:
+        rig.arm.send(pose)
+    assert not isinstance(caught.value, TimeoutError)
+    assert rig.arm.units[0].n_dropped == 9
+    with pytest.raises(DeviceError, match="5 times in a row"):
+        rig.arm.send(pose)
+
+
+def test_lost_joint_frames_never_mix_two_moments(rig):
+    """A pose is three frames; with every fourth of them lost, each pose is still of one moment."""
+    rig.fake.faults.drop_every = 4
+    target = rig.watch().position.copy()
+    target[:6] += [0.4, 0.4, -0.4, 0.4, 0.4, 0.4]
+    truth = {}
+    receive = rig.bus.receive
+
+    def recording():
+        frames = receive()
+        for can_id, data, t_ns in frames:
+            if 0x2A5 <= can_id <= 0x2A7:
+                truth.setdefault(t_ns, {})[can_id] = codec.DECODERS[can_id](data)
+        return frames
+
+    rig.bus.receive = recording
+    feedback = rig.arm.units[0].feedback
+    seen = set()
+    for _ in range(120):
+        rig.run(target, 1)
+        if feedback.t_pose_ns in truth:
+            seen.add(feedback.t_pose_ns)
+            parts = truth[feedback.t_pose_ns]
+            assert sorted(parts) == [0x2A5, 0x2A6, 0x2A7]
+            assert feedback.joint_mdeg == [*parts[0x2A5], *parts[0x2A6], *parts[0x2A7]]
+    whole = {t for t, parts in truth.items() if len(parts) == 3}
+    assert seen
+    assert seen == {t for t in whole if t >= min(seen)}
+    assert len(whole) < len(truth)
+
+
+def test_old_parts_of_a_pose_are_not_completed_by_new_ones():
+    feedback = PiperFeedback("arm")
+
+    def joints(part, value, t_ns):
+        data = codec.encode_joints([value] * 6)[part][1]
+        feedback.ingest([(codec.ID_JOINT_FEEDBACK[part], data, t_ns)])
+
+    joints(0, 1, 0)
+    joints(1, 1, 100)
+    joints(2, 2, 5 * MS)  # its two fellows were lost
+    assert feedback.joint_rad is None
+    joints(0, 3, 10 * MS)
+    joints(1, 3, 10 * MS + 1)
+    assert feedback.joint_rad is None
+    joints(2, 3, 10 * MS + 2)
+    assert feedback.joint_mdeg == [3] * 6
+    assert feedback.t_pose_ns == 10 * MS
+
+
+def test_frames_of_wrong_length_or_wild_values_are_left_out(rig):
+    before = rig.watch().position
+    feedback = rig.arm.units[0].feedback
+    wild = codec.encode_joints([3_000_000] * 6)[0][1]
+    feedback.ingest(
+        [(0x2A5, bytes(7), 0), (0x2A5, wild, rig.clock.t_ns), (0x2A8, wild, rig.clock.t_ns)]
+    )
+    assert feedback.n_bad == 3
+    assert rig.watch().position == pytest.approx(before)
+
+
+def test_drift_on_known_firmware_is_a_fault_within_a_third_of_a_second():
+    from gwp_edge.drivers.piper_fake import FakePiper
+
+    rig = Rig(fakes=[FakePiper(firmware="S-V1.8-6")])
+    rig.arm.open(enable=True)
+    rig.fake.faults.drift_mdeg[5] = 25_000
+    text, took_ns = rig.fault_after(300 * MS)
+    assert "joint 5: its angle and its motor differ by -25.0 deg" in text
+    assert took_ns > 200 * MS
+
+
+def test_drift_on_other_firmware_warns_once(rig, caplog):
+    rig.fake.faults.drift_mdeg[5] = 25_000
+    assert rig.watch(200).fault is None
+    assert caplog.text.count("the feedback has drifted") == 1
+
+
+def test_drift_check_off_says_nothing(caplog):
+    rig = Rig(drift="off")
+    rig.arm.open(enable=True)
+    rig.fake.faults.drift_mdeg[5] = 25_000
+    with caplog.at_level(logging.WARNING):
+        assert rig.watch(200).fault is None
+    assert not caplog.records
+
+
+def test_stuck_joint_shows_as_a_tracking_error(rig):
+    rig.fake.faults.stuck = frozenset({1})
+    target = rig.watch().position.copy()
+    target[0] += 0.3
+    state = rig.run(target, 100)
+    assert abs(state.position[0] - target[0]) == pytest.approx(0.3, abs=1e-3)
+    assert state.velocity[0] == 0.0
+
+
+def test_velocity_is_measured_for_joints_and_unknown_for_the_gripper(rig):
+    target = rig.watch().position.copy()
+    target[0] += 1.0
+    state = rig.run(target, 40)
+    assert state.velocity[0] > 0.1
+    assert np.isnan(state.velocity[6])
+
+
+# --- two arms -------------------------------------------------------------------------------
+
+
+def test_fault_of_one_arm_names_it_and_the_other_keeps_its_commands():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    pose = rig.watch().position
+    rig.fakes[0].press_teach()
+    text, _ = rig.fault_after(10 * MS)
+    assert text.startswith("left arm (can_left): ")
+    n_sent = [len(bus.sent) for bus in rig.buses]
+    with pytest.raises(DeviceError, match="left arm"):
+        rig.arm.send(pose)
+    assert len(rig.buses[0].sent) == n_sent[0]
+    assert len(rig.buses[1].sent) >= n_sent[1] + 4
+
+
+def test_dead_bus_of_one_arm_does_not_keep_the_other_from_being_read_and_sent():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    pose = rig.watch().position
+    rig.buses[0].down = True
+    n_frames = rig.arm.units[1].feedback.n_frames
+    with pytest.raises(DeviceError, match="left arm"):
+        rig.watch()
+    assert rig.arm.units[1].feedback.n_frames > n_frames
+    n_sent = len(rig.buses[1].sent)
+    with pytest.raises(DeviceError, match="left arm"):
+        rig.arm.send(pose)
+    assert len(rig.buses[1].sent) >= n_sent + 4
+
+
+def test_full_queue_of_one_arm_gives_way_to_a_dead_bus_of_the_other():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    pose = rig.watch().position
+    rig.buses[0].busy = 1
+    rig.buses[1].down = True
+    with pytest.raises(DeviceError, match="right arm") as caught:
+        rig.arm.send(pose)
+    assert not isinstance(caught.value, TimeoutError)
+
+
+def test_state_time_is_that_of_the_older_arm():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    rig.fakes[1].faults.mute_ids = frozenset({0x2A6})
+    state = rig.watch(10)
+    assert rig.clock.t_ns - state.t_received_ns >= 45 * MS
+    text, _ = rig.fault_after(110 * MS)
+    assert text.startswith("right arm (can_right): no joint angles")
+
+
+# --- hold -----------------------------------------------------------------------------------
+
+
+def test_hold_from_a_second_connection_stops_a_moving_arm_where_it_is():
+    rig = Rig()
+    rig.arm.open(enable=True)
+    guardian, (end,) = rig.second_driver()
+    guardian.open(enable=False)
+    target = rig.watch().position.copy()
+    target[0] += 1.0
+    rig.run(target, 60)
+    moving = rig.fake.joint_mdeg[0]
+    assert 1_000 < moving < 50_000
+    end.sent.clear()
+    guardian.hold()
+    assert [can_id for can_id, _ in end.sent] == [0x155, 0x156, 0x157]
+    held = codec.DECODERS[0x2A5](end.sent[0][1])[0]
+    assert abs(held - moving) < 1_000
+    # If the motor loop was not dead after all, it stops instead of fighting over the arm.
+    assert "another program" in rig.fault_after(10 * MS)[0]
+    with pytest.raises(DeviceError, match="another program"):
+        rig.arm.send(target)
+    rig.watch(200)
+    assert abs(rig.fake.joint_mdeg[0] - held) < 10
+
+
+def test_hold_again_repeats_the_first_pose_and_does_not_creep():
+    rig = Rig()
+    rig.arm.open(enable=True)
+    rig.run(rig.watch().position, 5)
+    guardian, (end,) = rig.second_driver()
+    guardian.open(enable=False)
+    guardian.hold()
+    first = end.sent[-3:]
+    rig.fake.joint_mdeg[1] -= 300.0
+    rig.clock.t_ns += 5 * MS
+    guardian.hold()
+    assert end.sent[-3:] == first
+
+
+def test_hold_arm_in_teach_mode_is_left_alone():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    guardian, ends = rig.second_driver()
+    guardian.open(enable=False)
+    rig.fakes[0].press_teach()
+    rig.clock.t_ns += 5 * MS
+    n_sent = [len(end.sent) for end in ends]
+    with pytest.raises(DeviceError, match=r"left arm .* nothing to hold, the arm is in teach mode"):
+        guardian.hold()
+    assert len(ends[0].sent) == n_sent[0]
+    assert len(ends[1].sent) == n_sent[1] + 3
+
+
+def test_hold_without_fresh_angles_sends_nothing():
+    rig = Rig()
+    rig.arm.open(enable=True)
+    rig.fake.faults.mute_ids = frozenset({0x2A7})
+    rig.clock.t_ns += 150 * MS
+    n_sent = len(rig.bus.sent)
+    with pytest.raises(DeviceError, match="no fresh joint angles to hold; nothing was sent"):
+        rig.arm.hold()
+    assert len(rig.bus.sent) == n_sent
