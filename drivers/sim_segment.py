@@ -40,10 +40,12 @@ class SimSegment:
         self.name = segment.name
         self._segment = segment
         self.words = segment.buffer[:_WORDS_BYTES].cast("q")
-        if self.words[SimWord.N_ARMS] not in (0, n_arms):
+        n_made = self.words[SimWord.N_ARMS]
+        if n_made not in (0, n_arms):
+            self.words.release()
             raise DeviceError(
-                f"shared memory {segment.name}: the sim has {self.words[SimWord.N_ARMS]} arms, "
-                f"expected {n_arms}; start it with the policy's spec"
+                f"shared memory {segment.name}: the sim has {n_made} arms, expected {n_arms}; "
+                "start it with the policy's spec"
             )
         start = _WORDS_BYTES
         rings = []
@@ -69,7 +71,12 @@ class SimSegment:
         Raises:
             DeviceError: it is not there or is of another robot.
         """
-        return cls(SharedSegment.attach(name), n_arms)
+        segment = SharedSegment.attach(name)
+        try:
+            return cls(segment, n_arms)
+        except DeviceError:
+            segment.close()
+            raise
 
     def close(self) -> None:
         """Unmap; call once."""
