@@ -177,6 +177,20 @@ class Limiter:
             j.floor, j.ceiling = min(j.low, p), max(j.high, p)
         self.position[:] = [j.p for j in self._joints]
 
+    def retarget(self) -> None:
+        """Forget the last target: the next one continues from the command, not from it."""
+        for j in self._joints:
+            j.x = j.p
+
+    def brake(self) -> FloatArray:
+        """Return a command that brakes as hard as the limits allow, shape (D,)."""
+        for i, j in enumerate(self._joints):
+            _move(j, 0.0, None)
+            j.x = j.p
+            self.flags[i] = 0
+        self.position[:] = [j.p for j in self._joints]
+        return self.position
+
     def step(self, target: FloatArray) -> FloatArray:
         """Return the command for this tick, shape (D,), rad and m; see ``flags``, ``rejected``.
 
@@ -185,18 +199,12 @@ class Limiter:
         """
         values = target.tolist()
         self.rejected = self._reason_to_reject(values)
-        out: list[float] = []
+        if self.rejected is not None:
+            return self.brake()
         flags = self.flags
         for i, j in enumerate(self._joints):
-            if self.rejected is None:
-                flags[i] = _advance(j, values[i])
-            else:
-                # Brake: the target is where the command is now.
-                j.x = j.p
-                flags[i] = _move(j, 0.0, None) & ~ACCELERATION
-                j.x = j.p
-            out.append(j.p)
-        self.position[:] = out
+            flags[i] = _advance(j, values[i])
+        self.position[:] = [j.p for j in self._joints]
         return self.position
 
     def _reason_to_reject(self, values: list[float]) -> str | None:
@@ -291,6 +299,10 @@ class TrackingMonitor:
         self._allowed = np.array([error_rad if c.unit == "rad" else math.inf for c in channels])
         self._time_ns = round(time_s * 1e9)
         self._since_ns: int | None = None
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._since_ns = None
 
     def check(self, command: FloatArray, measured: FloatArray, now_ns: int) -> str | None:
         """Return one line when a joint has been off for too long, else None."""

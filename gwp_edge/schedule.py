@@ -186,6 +186,10 @@ class Schedule:
         """Return whether the plan is used up and the target stands still."""
         return not self._plans or all(p.ended(now_ns + self._lead_ns) for p in self._plans)
 
+    def braking(self, now_ns: int) -> bool:
+        """Return whether a ``stop`` is still slowing down."""
+        return not self._plans and now_ns < self._brake_t_ns + self._brake_time_ns
+
     def hold(self, position: FloatArray) -> None:
         """Drop the plan; the target is ``position`` from now on."""
         self._plans.clear()
@@ -195,11 +199,12 @@ class Schedule:
     def stop(self, now_ns: int, position: FloatArray, velocity: FloatArray) -> None:
         """Drop the plan; slow down from ``position`` and ``velocity`` to zero and hold there.
 
-        All channels take the same time T = 1.5 max(v/a), so the direction stays.
+        All channels take the same time T = 1.6 max(v/a), so the direction stays
+        and the peak, 1.5 v/T, is below the limit.
         """
         self.hold(position)
         self._brake_v = np.array(velocity, np.float64)
-        time_s = 1.5 * float((np.abs(velocity) / self._limits.acceleration_max).max())
+        time_s = 1.6 * float((np.abs(velocity) / self._limits.acceleration_max).max())
         self._brake_t_ns, self._brake_time_ns = now_ns, round(time_s * 1e9)
 
     def accept(self, chunk: Chunk, now_ns: int, *, seam: bool = True) -> Acceptance:

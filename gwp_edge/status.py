@@ -126,5 +126,4 @@ class TickFlag(enum.IntFlag):
     ACCELERATION = 4
     REJECTED = 8
     LATE = 16
-    NO_FEEDBACK = 32
-    NOT_SENT = 64
+    NOT_SENT = 32

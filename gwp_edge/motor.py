@@ -1,0 +1,401 @@
+"""One tick of the motor loop and its state machine.
+
+No process, no sleeping and no real clock here: ``motor_process`` calls ``tick`` at every deadline.
+Nothing but ``_send`` commands the arm, and what it sends has always gone through the limiter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault, SpecError
+from gwp_edge.mailbox import Board
+from gwp_edge.protocols import Arm, Clock
+from gwp_edge.safety import Limiter, TrackingMonitor
+from gwp_edge.schedule import Acceptance, Blend, Schedule
+from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
+from gwp_edge.tick_log import TickLog
+from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
+
+_NOT_FINITE_IN_ROW = 3
+_REJECTED_IN_ROW = 20
+_DROPPED_IN_ROW = 5
+_STANDING_TICKS = 3
+_APPROACHED_RAD = np.deg2rad(2.0)
+_APPROACHED_M = 0.005
+_WARN_EVERY_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MotorOptions:
+    """How the motor process runs.
+
+    Attributes:
+        rate_hz: ticks per second.
+        lead_ns: how far ahead of the present the plan is read: the arm's own lag.
+        blend: how chunks follow each other.
+        synchronous: chunks start when they arrive; a plan that is used up waits for the next.
+        approach_rad_s: speed limit on the way from a hold to the plan and to the park pose.
+        approach_m_s: likewise for channels in metres.
+        dry_run: everything but sending; the arm is never enabled.
+        feedback_warn_ns: older feedback is reported.
+        feedback_hold_ns: older feedback stops the arm.
+        feedback_fault_ns: older feedback ends the run.
+        realtime: ask for SCHED_FIFO and locked memory.
+        priority: of SCHED_FIFO.
+        cpu: core to stay on.
+    """
+
+    rate_hz: float = 200.0
+    lead_ns: int = 0
+    blend: Blend = "seam"
+    synchronous: bool = False
+    approach_rad_s: float = 0.3
+    approach_m_s: float = 0.05
+    dry_run: bool = False
+    feedback_warn_ns: int = 20_000_000
+    feedback_hold_ns: int = 100_000_000
+    feedback_fault_ns: int = 500_000_000
+    realtime: bool = True
+    priority: int = 80
+    cpu: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 10.0 <= self.rate_hz <= 2000.0:
+            raise SpecError(f"motor rate: expected 10 to 2000 Hz, got {self.rate_hz}")
+        if not (self.approach_rad_s > 0 and self.approach_m_s > 0):
+            raise SpecError("approach speed must be positive")
+        if not 0 < self.feedback_warn_ns <= self.feedback_hold_ns <= self.feedback_fault_ns:
+            raise SpecError("feedback ages: expected 0 < warn <= hold <= fault")
+        if not 1 <= self.priority <= 99:
+            raise SpecError(f"priority: expected 1 to 99, got {self.priority}")
+
+    @property
+    def period_ns(self) -> int:
+        """Time between ticks, ns."""
+        return round(1e9 / self.rate_hz)
+
+
+class MotorLoop:
+    """State machine, schedule and limiter of one enabled arm. Threads: one owner.
+
+    Attributes:
+        mode: where the state machine is.
+        hold_reason: why, in HOLD.
+    """
+
+    def __init__(
+        self,
+        arm: Arm,
+        board: Board,
+        clock: Clock,
+        options: MotorOptions,
+        *,
+        limits: JointLimits,
+        park: FloatArray | None = None,
+    ) -> None:
+        self._arm = arm
+        self._board = board
+        self._words = board.words
+        self._clock = clock
+        self._options = options
+        self._park = park
+        channels = arm.channels
+        self._limiter = Limiter(limits, period_s=options.period_ns / 1e9, channels=channels)
+        self._schedule = Schedule(
+            limits, lead_ns=options.lead_ns, blend=options.blend, rebase=options.synchronous
+        )
+        self._tracking = TrackingMonitor(channels)
+        self._is_rad = np.array([c.unit == "rad" for c in channels])
+        self._approached = np.where(self._is_rad, _APPROACHED_RAD, _APPROACHED_M)
+        self._ticks = TickLog(board, clock, self._limiter, self._schedule)
+        self._say = board.events["motor"].say
+        self.mode = Mode.ENABLED
+        self.hold_reason = HoldReason.NONE
+        self._pending: Chunk | None = None
+        self._t_standing_ns = 0
+        self._n_standing = 0
+        self._n_not_finite = self._n_rejected = self._n_dropped = 0
+        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._braking = False
+        self._stop_wanted = self._parking_begun = False
+        self._t_warned_ns = 0
+        self._measured: FloatArray = np.zeros(len(channels))
+        self._t_feedback_ns = 0
+
+    def begin(self, state: ArmState) -> None:
+        """Hold the measured pose from now on.
+
+        Raises:
+            SpecError: the measured pose is not usable.
+        """
+        self._limiter.seed(state.position)
+        self._schedule.hold(self._limiter.position)
+        self._measured, self._t_feedback_ns = state.position, state.t_received_ns
+        self._set_mode(Mode.ENABLED)
+
+    def stop(self) -> None:
+        """End the run as soon as the arm stands; for signals and a vanished supervisor."""
+        self._stop_wanted = True
+
+    def tick(self, t_planned_ns: int) -> bool:
+        """Do one tick; return False when the loop is over and the arm stands.
+
+        Args:
+            t_planned_ns: the deadline that this tick belongs to.
+        """
+        now_ns = self._clock.now_ns()
+        words = self._words
+        words[Word.MOTOR_HEARTBEAT_NS] = now_ns
+        if words[Word.GUARDIAN_TRIPPED_NS]:
+            # Two hands on one arm are worse than one late one: the guardian keeps it.
+            self._fault("the guardian holds the arm: the motor loop had stopped for too long")
+            return False
+        self._read_state(now_ns)
+        self._take_chunk(now_ns)
+        self._follow_request(now_ns)
+        command = self._next_command(now_ns)
+        self._watch(command, now_ns)
+        sent = self._send(command)
+        self._ticks.write(
+            t_planned_ns=t_planned_ns,
+            t_woke_ns=now_ns,
+            t_feedback_ns=self._t_feedback_ns,
+            sent=sent,
+            mode=self.mode,
+        )
+        return not self._is_over()
+
+    def emergency(self) -> bool:
+        """Brake one tick without schedule or state machine; return False when standing."""
+        self._words[Word.MOTOR_HEARTBEAT_NS] = self._clock.now_ns()
+        moving = not self._limiter.standing
+        self._send(self._limiter.brake())
+        return moving
+
+    # Inputs
+
+    def _read_state(self, now_ns: int) -> None:
+        try:
+            state = self._arm.state()
+        except DeviceError as e:
+            self._fault(str(e))
+            return
+        if not np.isfinite(state.position).all():
+            self._fault("the arm's measured joints are not finite; check driver and firmware")
+            return
+        self._measured, self._t_feedback_ns = state.position, state.t_received_ns
+        self._board.publish_state(state)
+        if state.fault is not None:
+            self._fault(state.fault)
+        age_ns = now_ns - state.t_received_ns
+        if age_ns <= self._options.feedback_warn_ns:
+            return
+        text = f"no joint feedback for {age_ns / 1e6:.0f} ms; check cable, power and bus"
+        if age_ns > self._options.feedback_fault_ns:
+            self._fault(text)
+        elif age_ns > self._options.feedback_hold_ns:
+            self._hold(HoldReason.FEEDBACK, text, now_ns)
+        elif now_ns - self._t_warned_ns > _WARN_EVERY_NS:
+            self._t_warned_ns = now_ns
+            self._say(EventKind.WARNING, text)
+
+    def _take_chunk(self, now_ns: int) -> None:
+        chunk = self._board.new_chunk()
+        if chunk is None:
+            return
+        if self.mode in (Mode.PARK, Mode.FAULT):
+            return
+        if not np.isfinite(chunk.actions).all():
+            self._words[Word.MOTOR_N_NOT_FINITE] += 1
+            self._n_not_finite += 1
+            if self._n_not_finite >= _NOT_FINITE_IN_ROW:
+                text = (
+                    f"the policy answered NaN or infinity {self._n_not_finite} times in a row; "
+                    "check the bundle with gwp-edge verify"
+                )
+                self._hold(HoldReason.NOT_FINITE, text, now_ns)
+            return
+        self._n_not_finite = 0
+        if self.mode not in (Mode.APPROACH, Mode.RUN):
+            self._pending = chunk
+            return
+        result = self._schedule.accept(chunk, now_ns, seam=self.mode is Mode.RUN)
+        if result is not Acceptance.ACCEPTED:
+            self._reject(chunk, result)
+
+    def _reject(self, chunk: Chunk, result: Acceptance) -> None:
+        self._words[Word.MOTOR_N_REJECTED_CHUNKS] += 1
+        if self._words[Word.MOTOR_N_REJECTED_CHUNKS] <= 10:
+            self._say(EventKind.WARNING, f"chunk {chunk.chunk_idx} rejected: it is {result.value}")
+
+    # State machine
+
+    def _follow_request(self, now_ns: int) -> None:
+        request = Request.STOP if self._stop_wanted else Request(self._words[Word.REQUEST])
+        if self.mode is Mode.FAULT:
+            return
+        if request is Request.STOP_NOW:
+            self._braking = True
+            self._hold(HoldReason.STOP, "immediate hold", now_ns)
+        elif request is Request.STOP or (request is Request.PARK and self._park is None):
+            self._hold(HoldReason.STOP, "stopping", now_ns)
+        elif request is Request.PARK:
+            self._follow_parking(now_ns)
+        elif request is Request.HOLD:
+            self._hold(HoldReason.OPERATOR, "held by the operator", now_ns)
+        elif self._words[Word.POLICY_CAMERA_STALL]:
+            if self.mode in (Mode.APPROACH, Mode.RUN):
+                self._hold(HoldReason.CAMERA_STALL, "no usable camera frames", now_ns)
+        elif request is Request.RUN:
+            self._try_to_start(now_ns)
+        self._advance_mode(now_ns)
+
+    def _try_to_start(self, now_ns: int) -> None:
+        """Begin an approach from ENABLED or a hold that may end, with a plan made since then."""
+        if self.mode not in (Mode.ENABLED, Mode.HOLD) or self._n_standing < _STANDING_TICKS:
+            return
+        resumed = self._words[Word.RESUME_COUNT] != self._resume_count
+        if self.mode is Mode.HOLD and not (self.hold_reason.ends_by_itself or resumed):
+            return
+        chunk = self._pending
+        if chunk is None or chunk.t_observed_ns < self._t_standing_ns:
+            return
+        self._pending = None
+        result = self._schedule.accept(chunk, now_ns, seam=False)
+        if result is not Acceptance.ACCEPTED:
+            self._reject(chunk, result)
+            return
+        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._limiter.set_speed_limit(self._options.approach_rad_s, self._options.approach_m_s)
+        self._tracking.reset()
+        self._set_mode(Mode.APPROACH)
+
+    def _advance_mode(self, now_ns: int) -> None:
+        if self.mode not in (Mode.APPROACH, Mode.RUN):
+            return
+        if self._schedule.ended(now_ns) and not self._options.synchronous:
+            self._hold(HoldReason.STALE_CHUNK, "the plan is used up, no newer one came", now_ns)
+        elif self.mode is Mode.APPROACH:
+            target = self._schedule.sample(now_ns)
+            follows = self._limiter.position if self._options.dry_run else self._measured
+            # A gripper on an object never reaches its target, so its command counts.
+            pose = np.where(self._is_rad, follows, self._limiter.position)
+            if (np.abs(target - pose) < self._approached).all():
+                self._schedule.reseam(now_ns, self._limiter.position, self._limiter.velocity)
+                self._limiter.retarget()
+                self._limiter.set_speed_limit(None)
+                self._set_mode(Mode.RUN)
+
+    def _follow_parking(self, now_ns: int) -> None:
+        if self._park is not None and not self._parking_begun:
+            self._parking_begun = True
+            self._schedule.hold(self._park)
+            self._limiter.retarget()
+            self._limiter.set_speed_limit(self._options.approach_rad_s, self._options.approach_m_s)
+            self._set_mode(Mode.PARK)
+        elif self.mode is Mode.HOLD:
+            # Something stopped the parking; trying again would fight it.
+            self._hold(HoldReason.STOP, "not parked", now_ns)
+
+    def _hold(self, reason: HoldReason, text: str, now_ns: int) -> None:
+        if self.mode is Mode.FAULT:
+            return
+        if self.mode is Mode.HOLD:
+            # A hold that ends by itself becomes one that does not, never the other way round.
+            if not self.hold_reason.ends_by_itself and reason is not HoldReason.STOP:
+                return
+            if reason.ends_by_itself or reason is self.hold_reason:
+                return
+        else:
+            self._schedule.stop(now_ns, self._limiter.position, self._limiter.velocity)
+            self._limiter.retarget()
+            self._pending = None
+            if reason is not HoldReason.STOP:
+                self._words[Word.MOTOR_N_HOLDS] += 1
+        self.hold_reason = reason
+        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._words[Word.MOTOR_HOLD_REASON] = int(reason)
+        is_wanted = reason in (HoldReason.STOP, HoldReason.OPERATOR)
+        self._say(EventKind.INFO if is_wanted else EventKind.WARNING, f"hold: {text}")
+        self._set_mode(Mode.HOLD)
+
+    def _fault(self, text: str) -> None:
+        if self.mode is Mode.FAULT:
+            return
+        self._braking = True
+        self._say(EventKind.ERROR, text)
+        self._set_mode(Mode.FAULT)
+
+    def _set_mode(self, mode: Mode) -> None:
+        self.mode = mode
+        self._n_standing = 0
+        if mode is not Mode.HOLD:
+            self.hold_reason = HoldReason.NONE
+            self._words[Word.MOTOR_HOLD_REASON] = 0
+        self._words[Word.MOTOR_MODE] = int(mode)
+
+    def _is_over(self) -> bool:
+        if self._n_standing < _STANDING_TICKS:
+            return False
+        if self.mode is Mode.PARK:
+            return self._park is not None and bool(
+                np.abs(self._limiter.position - self._park).max() < 1e-6
+            )
+        # A fault is over when somebody asks for the end, so that it stays on view until then.
+        wanted = self._stop_wanted or self._words[Word.REQUEST] >= Request.PARK
+        stopped = self.mode is Mode.HOLD and self.hold_reason is HoldReason.STOP
+        return stopped or (self.mode is Mode.FAULT and bool(wanted))
+
+    # Outputs
+
+    def _next_command(self, now_ns: int) -> FloatArray:
+        limiter = self._limiter
+        command = limiter.brake() if self._braking else limiter.step(self._schedule.sample(now_ns))
+        if limiter.standing and (self._braking or not self._schedule.braking(now_ns)):
+            self._n_standing += 1
+            if self._n_standing == 1:
+                self._t_standing_ns = now_ns
+        else:
+            self._n_standing = 0
+        self._words[Word.MOTOR_STANDING] = int(self._n_standing > 0)
+        self._words[Word.MOTOR_PLAN_ENDED] = int(self._schedule.ended(now_ns))
+        return command
+
+    def _watch(self, command: FloatArray, now_ns: int) -> None:
+        limiter = self._limiter
+        if limiter.rejected is not None:
+            self._words[Word.MOTOR_N_REJECTED_TICKS] += 1
+            self._n_rejected += 1
+            if self._n_rejected >= _REJECTED_IN_ROW:
+                self._hold(HoldReason.REJECTED, limiter.rejected, now_ns)
+        else:
+            self._n_rejected = 0
+        if self._options.dry_run or self.mode is Mode.FAULT:
+            return
+        lost = self._tracking.check(command, self._measured, now_ns)
+        if lost is not None:
+            self._hold(HoldReason.TRACKING, lost, now_ns)
+
+    def _send(self, command: FloatArray) -> bool:
+        if self._options.dry_run:
+            return False
+        # In a fault the brake goes out as long as it moves; then the line is left alone.
+        if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
+            return False
+        try:
+            self._arm.send(command)
+        except DeviceTimeoutError as e:
+            self._words[Word.MOTOR_N_SEND_DROPPED] += 1
+            self._n_dropped += 1
+            if self._n_dropped >= _DROPPED_IN_ROW:
+                self._fault(f"{self._n_dropped} commands in a row could not be sent: {e}")
+            return False
+        except (DeviceError, SafetyFault) as e:
+            self._fault(str(e))
+            return False
+        self._n_dropped = 0
+        self._board.publish_command(command, self._clock.now_ns())
+        return True

@@ -1,0 +1,165 @@
+"""The motor process: opens the arm, keeps the deadlines, and leaves the arm holding."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+
+from gwp_edge.clock import MonotonicClock
+from gwp_edge.errors import DeviceError, GwpError
+from gwp_edge.mailbox import Board
+from gwp_edge.motor import MotorLoop, MotorOptions
+from gwp_edge.protocols import Arm
+from gwp_edge.realtime import make_realtime
+from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
+from gwp_edge.spec import PolicySpec
+from gwp_edge.status import EventKind, Mode, Request, Word
+
+logger = logging.getLogger(__name__)
+
+_STEADY_AFTER_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmSetup:
+    """What a process needs to reach arm and board; crosses to it by pickle.
+
+    Attributes:
+        board: name of the shared board.
+        spec: of the policy.
+        robot: which arm, limits, park pose.
+        extra: options that the world adds.
+        supervisor_pid: its parent; when that goes, the arm stops.
+    """
+
+    board: str
+    spec: PolicySpec
+    robot: RobotConfig
+    supervisor_pid: int
+    extra: dict[str, object] = field(default_factory=dict)
+
+    def attach(self) -> Board:
+        """Open the board."""
+        return Board.attach(self.board, self.spec.n_channels, self.spec.n_rows)
+
+
+class _Life:
+    """Whether this process is asked to end: a signal, or its parent is gone."""
+
+    def __init__(self, supervisor_pid: int) -> None:
+        self._supervisor_pid = supervisor_pid
+        self._terminated = False
+        # Ctrl-C reaches the whole process group; the supervisor alone decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+    def _on_terminate(self, _signal: int, _frame: object) -> None:
+        self._terminated = True
+
+    @property
+    def over(self) -> bool:
+        return self._terminated or os.getppid() != self._supervisor_pid
+
+
+def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
+    """Run the motor process to its end; exits with 1 when something failed."""
+    life = _Life(setup.supervisor_pid)
+    board = setup.attach()
+    say = board.events["motor"].say
+    arm: Arm | None = None
+    try:
+        arm = create_arm(setup.robot, setup.spec, setup.extra)
+        _run(arm, board, setup, options, life)
+    except GwpError as e:
+        say(EventKind.ERROR, str(e))
+        board.words[Word.MOTOR_MODE] = int(Mode.FAULT)
+        sys.exit(1)
+    except Exception as e:  # a bug; the arm was stopped by _run, the traceback goes to stderr
+        say(EventKind.ERROR, f"motor process: {type(e).__name__}: {e}")
+        raise
+    finally:
+        # MOTOR_ARMED stays on where the arm may still be moving: the guardian then takes over.
+        if arm is not None:
+            arm.close()
+        board.words[Word.MOTOR_ENDED] = 1
+        board.close()
+
+
+def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _Life) -> None:
+    words, clock = board.words, MonotonicClock()
+    arm.open(enable=False)
+    words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
+    limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
+    park = park_pose(setup.robot, arm.channels)
+    if not _await_enable(arm, board, clock, options, life):
+        return
+    if not options.dry_run:
+        arm.close()
+        arm.open(enable=True)
+    loop = MotorLoop(arm, board, clock, options, limits=limits, park=park)
+    loop.begin(arm.state())
+    warnings = make_realtime(priority=options.priority, cpu=options.cpu, scheduler=options.realtime)
+    for warning in warnings:
+        board.events["motor"].say(EventKind.WARNING, warning)
+    words[Word.MOTOR_HEARTBEAT_NS] = clock.now_ns()
+    words[Word.MOTOR_ARMED] = int(not options.dry_run)
+    try:
+        _keep_deadlines(loop, board, clock, options, life)
+    except Exception:
+        _brake(loop, clock, options)
+        words[Word.MOTOR_ARMED] = 0
+        raise
+    # Nothing moves any more: what was sent last is a pose to hold.
+    words[Word.MOTOR_ARMED] = 0
+
+
+def _await_enable(
+    arm: Arm, board: Board, clock: MonotonicClock, options: MotorOptions, life: _Life
+) -> bool:
+    """Publish states until enabling is asked for; return False when the end is."""
+    words = board.words
+    t_ns = clock.now_ns()
+    while True:
+        state = arm.state()
+        if state.fault is not None:
+            raise DeviceError(state.fault)
+        board.publish_state(state)
+        words[Word.MOTOR_HEARTBEAT_NS] = clock.now_ns()
+        request = words[Word.REQUEST]
+        if request >= Request.PARK or life.over:
+            return False
+        if request >= Request.ENABLE:
+            return True
+        t_ns = max(t_ns + options.period_ns, clock.now_ns())
+        clock.sleep_until_ns(t_ns)
+
+
+def _keep_deadlines(
+    loop: MotorLoop, board: Board, clock: MonotonicClock, options: MotorOptions, life: _Life
+) -> None:
+    period_ns, words = options.period_ns, board.words
+    t_ns = clock.now_ns()
+    t_steady_ns = t_ns + _STEADY_AFTER_NS
+    while loop.tick(t_ns):
+        if life.over:
+            loop.stop()
+        t_ns += period_ns
+        behind_ns = clock.now_ns() - t_ns
+        if behind_ns > period_ns:
+            # Catching up by a burst of ticks would move the arm faster than planned.
+            if t_ns > t_steady_ns:
+                words[Word.MOTOR_N_MISSED] += behind_ns // period_ns
+            t_ns += behind_ns
+        clock.sleep_until_ns(t_ns)
+
+
+def _brake(loop: MotorLoop, clock: MonotonicClock, options: MotorOptions) -> None:
+    """Bring the arm to rest after a bug in the loop, with nothing but limiter and driver."""
+    t_ns = clock.now_ns()
+    while loop.emergency():
+        t_ns += options.period_ns
+        clock.sleep_until_ns(t_ns)

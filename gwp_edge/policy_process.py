@@ -1,0 +1,294 @@
+"""The policy process: observe, predict, publish, as often as it can or as asked."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from os import getppid
+from typing import cast
+
+import numpy as np
+
+from gwp_edge.chunking import Guidance, frozen_rows
+from gwp_edge.clock import MonotonicClock
+from gwp_edge.errors import GwpError, SpecError, StaleError
+from gwp_edge.mailbox import Board
+from gwp_edge.observe import ObservationLimits, Observer, StateHistory
+from gwp_edge.preflight import (
+    check_cameras,
+    check_first_action,
+    check_golden,
+    check_latency,
+    check_statistics,
+)
+from gwp_edge.protocols import Camera, Policy
+from gwp_edge.robots import RobotConfig, create_camera, import_callable
+from gwp_edge.spec import PolicySpec
+from gwp_edge.status import EventKind, Mode, PolicyPhase, Word
+from gwp_edge.telemetry import CheckResult
+from gwp_edge.types import Chunk, Observation
+
+logger = logging.getLogger(__name__)
+
+_POLL_NS = 2_000_000
+_FIRST_FRAME_NS = 10_000_000_000
+_N_WARM_UP = 3
+_WARN_EVERY_NS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions:
+    """How the policy process runs.
+
+    Attributes:
+        factory: "module:function" that makes the policy.
+        kwargs: its keyword arguments.
+        guidance: how a new chunk follows the old one; its rows are set from the latency.
+        latency_margin_ns: added to the p95 latency when rows are frozen.
+        replan_hz: chunks per second at most; None for as many as possible.
+        synchronous: plan only while the arm stands at the end of the last plan.
+        limits: when an observation is too old.
+    """
+
+    factory: str
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+    guidance: Guidance = field(default_factory=Guidance)
+    latency_margin_ns: int = 10_000_000
+    replan_hz: float | None = None
+    synchronous: bool = False
+    limits: ObservationLimits = field(default_factory=ObservationLimits)
+
+    def __post_init__(self) -> None:
+        if self.replan_hz is not None and not 0 < self.replan_hz <= 1000:
+            raise SpecError(f"replan rate: expected above 0 up to 1000 Hz, got {self.replan_hz}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySetup:
+    """What the process needs; crosses to it by pickle."""
+
+    board: str
+    spec: PolicySpec
+    robot: RobotConfig
+    supervisor_pid: int
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
+    """Run the policy process to its end; exits with 1 when something failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The supervisor ends this process once the arm stands; a plan more does no harm until then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    spec = setup.spec
+    board = Board.attach(setup.board, spec.n_channels, spec.n_rows)
+    say = board.events["policy"].say
+    cameras: list[Camera] = []
+    policy: Policy | None = None
+    try:
+        for config in setup.robot.cameras:
+            cameras.append(create_camera(config, spec, setup.extra))
+            cameras[-1].open()
+        policy = _load(options, spec)
+        _Runner(board, policy, cameras, setup, options).run()
+        board.words[Word.POLICY_PHASE] = PolicyPhase.ENDED
+    except GwpError as e:
+        board.words[Word.POLICY_PHASE] = PolicyPhase.FAILED
+        say(EventKind.ERROR, f"policy: {e}")
+        sys.exit(1)
+    except Exception as e:  # a bug in a policy or engine: the supervisor stops the arm
+        board.words[Word.POLICY_PHASE] = PolicyPhase.FAILED
+        say(EventKind.ERROR, f"policy process: {type(e).__name__}: {e}")
+        raise
+    finally:
+        if policy is not None:
+            policy.close()
+        for camera in cameras:
+            camera.close()
+        board.close()
+
+
+def _load(options: PolicyOptions, spec: PolicySpec) -> Policy:
+    policy = cast(Policy, import_callable(options.factory, "policy")(**options.kwargs))
+    if policy.spec != spec:
+        policy.close()
+        raise SpecError(
+            "the policy's spec is not the one that the run was started with; was the bundle "
+            "replaced meanwhile? Start again"
+        )
+    return policy
+
+
+class _Runner:
+    """The loop and what it remembers. Threads: one owner."""
+
+    def __init__(
+        self,
+        board: Board,
+        policy: Policy,
+        cameras: list[Camera],
+        setup: PolicySetup,
+        options: PolicyOptions,
+    ) -> None:
+        self._board = board
+        self._words = board.words
+        self._policy = policy
+        self._spec = policy.spec
+        self._options = options
+        self._supervisor_pid = setup.supervisor_pid
+        self._clock = MonotonicClock()
+        states = StateHistory(board)
+        self._observer = Observer(cameras, states, options.limits)
+        self._say = board.events["policy"].say
+        self._previous: Chunk | None = None
+        self._latencies_ns: deque[int] = deque(maxlen=20)
+        self._n_chunks = self._n_frozen = 0
+        self._t_last_observed_ns = -1
+        self._t_stale_since_ns: int | None = None
+        self._t_warned_ns = 0
+
+    def run(self) -> None:
+        """Check, warm up, then plan until told to stop."""
+        if not self._preflight():
+            return
+        self._words[Word.POLICY_PHASE] = PolicyPhase.READY
+        period_ns = round(1e9 / self._options.replan_hz) if self._options.replan_hz else 0
+        t_next_ns = self._clock.now_ns()
+        while not self._is_over():
+            now_ns = self._clock.now_ns()
+            self._words[Word.POLICY_HEARTBEAT_NS] = now_ns
+            observation = None
+            if now_ns >= t_next_ns and self._may_plan():
+                observation = self._observe(now_ns)
+            if observation is None or observation.t_observed_ns <= self._t_last_observed_ns:
+                self._clock.sleep_until_ns(now_ns + _POLL_NS)
+                continue
+            self._t_last_observed_ns = observation.t_observed_ns
+            self._publish(self._predict(observation), observation, now_ns)
+            t_next_ns = max(t_next_ns + period_ns, now_ns)
+
+    def _is_over(self) -> bool:
+        return bool(self._words[Word.POLICY_STOP]) or getppid() != self._supervisor_pid
+
+    def _may_plan(self) -> bool:
+        if not self._options.synchronous:
+            return True
+        return bool(self._words[Word.MOTOR_PLAN_ENDED] and self._words[Word.MOTOR_STANDING])
+
+    # Observation
+
+    def _observe(self, now_ns: int) -> Observation | None:
+        """Return an observation, or None after noting why there is none."""
+        limits = self._options.limits
+        try:
+            observation = self._observer.observe(now_ns)
+        except StaleError as e:
+            if self._t_stale_since_ns is None:
+                self._t_stale_since_ns = now_ns
+                self._words[Word.POLICY_N_STALE] += 1
+            if now_ns - self._t_warned_ns > _WARN_EVERY_NS:
+                self._t_warned_ns = now_ns
+                self._say(EventKind.WARNING, f"no plan: {e}")
+            # The frames were already at the first limit when they became stale.
+            if now_ns - self._t_stale_since_ns > limits.stall_ns - limits.frame_age_ns:
+                self._words[Word.POLICY_CAMERA_STALL] = 1
+            return None
+        self._t_stale_since_ns = None
+        self._words[Word.POLICY_CAMERA_STALL] = 0
+        return observation
+
+    # Prediction
+
+    def _predict(self, observation: Observation) -> Chunk:
+        self._n_frozen = 0
+        in_motion = self._words[Word.MOTOR_MODE] == Mode.RUN
+        if not in_motion or self._previous is None or self._options.guidance.method == "none":
+            return self._policy.predict(observation)
+        return self._policy.predict(
+            observation, previous=self._previous, guidance=self._guidance(observation)
+        )
+
+    def _guidance(self, observation: Observation) -> Guidance:
+        latency_ns = round(float(np.percentile(self._latencies_ns, 95)))
+        age_ns = self._clock.now_ns() - observation.t_observed_ns
+        n_frozen = frozen_rows(
+            latency_ns + age_ns,
+            self._options.latency_margin_ns,
+            self._spec.period_ns,
+            self._spec.n_rows,
+        )
+        self._n_frozen = n_frozen
+        return replace(self._options.guidance, n_frozen_rows=n_frozen)
+
+    def _publish(self, chunk: Chunk, observation: Observation, t_started_ns: int) -> None:
+        chunk = replace(chunk, chunk_idx=self._n_chunks)
+        self._board.publish_chunk(chunk)
+        t_published_ns = self._clock.now_ns()
+        self._n_chunks += 1
+        self._words[Word.POLICY_N_CHUNKS] = self._n_chunks
+        self._latencies_ns.append(t_published_ns - t_started_ns)
+        # What the motor process rejects must not lead the next chunk either.
+        self._previous = chunk if np.isfinite(chunk.actions).all() else None
+        times = [f.t_captured_ns for f in observation.frames]
+        timing = self._policy.timing
+        self._board.timings.append(
+            (
+                chunk.chunk_idx,
+                observation.t_observed_ns,
+                t_started_ns,
+                t_published_ns,
+                t_started_ns - min(times),
+                max(times) - min(times),
+                timing.preprocess_ns,
+                timing.vision_ns,
+                timing.prefill_ns,
+                sum(timing.denoise_ns),
+                timing.postprocess_ns,
+                self._n_frozen,
+            )
+        )
+
+    # Preflight
+
+    def _preflight(self) -> bool:
+        """Run this process's checks; return False when the end came first."""
+        self._check(check_golden(self._policy))
+        observation = self._await_observation()
+        if observation is None:
+            return False
+        self._check(check_cameras(observation, self._clock.now_ns(), self._options.limits))
+        self._check(check_statistics(self._spec, observation.state))
+        chunk: Chunk | None = None
+        latency_ns = 0
+        for _ in range(_N_WARM_UP):
+            fresh = self._await_observation()
+            if fresh is None:
+                return False
+            observation, t_ns = fresh, self._clock.now_ns()
+            chunk = self._policy.predict(observation)
+            latency_ns = self._clock.now_ns() - t_ns
+        self._latencies_ns.append(latency_ns)
+        self._check(check_latency(latency_ns, self._spec, synchronous=self._options.synchronous))
+        if chunk is not None:
+            self._check(check_first_action(self._spec, chunk, observation.state))
+        return True
+
+    def _await_observation(self) -> Observation | None:
+        deadline_ns = self._clock.now_ns() + _FIRST_FRAME_NS
+        while not self._is_over():
+            now_ns = self._clock.now_ns()
+            try:
+                return self._observer.observe(now_ns)
+            except StaleError as e:
+                if now_ns > deadline_ns:
+                    raise StaleError(f"no observation in {_FIRST_FRAME_NS / 1e9:.0f} s: {e}") from e
+            self._clock.sleep_until_ns(now_ns + _POLL_NS)
+        return None
+
+    def _check(self, result: CheckResult) -> None:
+        kind = EventKind.CHECK_PASSED if result.passed else EventKind.CHECK_FAILED
+        self._say(kind, f"{result.name}: {result.detail}")
