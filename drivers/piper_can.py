@@ -45,7 +45,10 @@ _TIMESPEC = Struct("@ll")
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
 CAN_RTR_FLAG = 0x40000000
-SO_TIMESTAMPNS = 35  # asm-generic/socket.h; the socket module does not name it
+# linux/can.h, linux/can/raw.h and asm-generic/socket.h; not every Python names all of them.
+AF_CAN, CAN_RAW = 29, 1
+SOL_CAN_RAW, CAN_RAW_FILTER, CAN_RAW_ERR_FILTER = 101, 1, 2
+SO_TIMESTAMPNS = 35
 _ERROR_MASK = (
     ERR_BUS_OFF | ERR_RESTARTED | ERR_NO_ACK | ERR_TX_TIMEOUT | ERR_CONTROLLER | ERR_PROTOCOL
 )
@@ -173,7 +176,7 @@ class SocketCan:
         check_interface(name)
         self._offset = RealtimeOffset()
         try:
-            self._socket = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+            self._socket = socket.socket(AF_CAN, socket.SOCK_RAW, CAN_RAW)
         except OSError as e:
             raise DeviceError(
                 f"CAN interface {name}: this kernel has no CAN sockets ({e.strerror}): load the "
@@ -225,8 +228,8 @@ class SocketCan:
 
 def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
     """Set the filters, error classes and stamps of a raw CAN socket, and make it non-blocking."""
-    raw.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FILTER, pack_filters(can_ids))
-    raw.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_ERR_FILTER, _ERROR_MASK)
+    raw.setsockopt(SOL_CAN_RAW, CAN_RAW_FILTER, pack_filters(can_ids))
+    raw.setsockopt(SOL_CAN_RAW, CAN_RAW_ERR_FILTER, _ERROR_MASK)
     raw.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     raw.settimeout(0)
 

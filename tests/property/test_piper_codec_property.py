@@ -146,7 +146,7 @@ def test_encode_firmware_and_role_equal_sdk():
     )
 
 
-# --- decoding -------------------------------------------------------------------------------
+# --- decoding ---
 
 
 def _read(can_id, m):
@@ -253,7 +253,7 @@ def test_parse_firmware_equals_sdk(before, major, minor, patch):
     assert parsed == (_SDK.GetPiperFirmwareVersion(), (major, minor, patch))
 
 
-# --- units and refusals -----------------------------------------------------------------------
+# --- units and refusals ---
 
 
 @given(INT32)

@@ -357,7 +357,7 @@ def test_velocity_is_measured_for_joints_and_unknown_for_the_gripper(rig):
     assert np.isnan(state.velocity[6])
 
 
-# --- two arms -------------------------------------------------------------------------------
+# --- two arms ---
 
 
 def test_fault_of_one_arm_names_it_and_the_other_keeps_its_commands():
@@ -410,7 +410,7 @@ def test_state_time_is_that_of_the_older_arm():
     assert text.startswith("right arm (can_right): no joint angles")
 
 
-# --- hold -----------------------------------------------------------------------------------
+# --- hold ---
 
 
 def test_hold_from_a_second_connection_stops_a_moving_arm_where_it_is():
