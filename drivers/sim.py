@@ -8,8 +8,8 @@ same pictures from the same seed, use ``sim_world.SimWorld`` instead.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from gwp_edge.drivers.sim_segment import SimSegment
 from gwp_edge.drivers.sim_world import check_command
 from gwp_edge.errors import DeviceError, DeviceTimeoutError, SpecError
 from gwp_edge.frame_ring import FrameRing
+from gwp_edge.protocols import Arm, Camera, World
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import ArmState, FloatArray, Frame, JointLimits
 
@@ -80,6 +81,7 @@ class SimArm:
         self._limits = piper_model.joint_limits(n_arms)
         self._segment: SimSegment | None = None
         self._enabled = False
+        self._held: FloatArray | None = None
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -92,7 +94,7 @@ class SimArm:
         return self._limits
 
     def open(self, *, enable: bool) -> None:
-        """Attach to the world; with ``enable`` hold the measured pose.
+        """Attach to the world; with ``enable`` hold the measured pose, without only read.
 
         Raises:
             DeviceError: the world is not running.
@@ -104,9 +106,8 @@ class SimArm:
         try:
             state = self.state()
             if enable:
-                low, high = self._range
                 # A closed gripper measures a hair below zero.
-                self._publish(np.clip(state.position, low, high))
+                self._publish(np.clip(state.position, *self._range), enabled=True)
                 self._await_enabled()
                 self._enabled = True
         except BaseException:
@@ -139,16 +140,27 @@ class SimArm:
             DeviceError: not open, or not enabled.
             SafetyFault: not finite, wrong shape or beyond the controller's range; nothing sent.
         """
+        self._opened()
         command = check_command(position, self._range)
-        # Another process may have enabled the arm; a guardian relies on that.
-        self._enabled = self._enabled or self.state().enabled
         if not self._enabled:
-            raise DeviceError("the sim's arm is not enabled; open it with enable=True")
-        self._publish(command)
+            raise DeviceError("the sim's arm is open for reading only; open it with enable")
+        self._publish(command, enabled=True)
+
+    def hold(self) -> None:
+        """Command the pose measured at the first call; needs no ``enable`` and changes no mode.
+
+        Raises:
+            DeviceError: not open, or there is no fresh measurement.
+        """
+        state = self.state()
+        if self._held is None:
+            self._held = np.clip(state.position, *self._range)
+        self._publish(self._held, enabled=state.enabled)
 
     def close(self) -> None:
         """Detach; the arm holds the last target. Safe to call twice."""
         self._enabled = False
+        self._held = None
         if self._segment is not None:
             self._segment.close()
             self._segment = None
@@ -158,9 +170,9 @@ class SimArm:
             raise DeviceError("the sim's arm is not open; call open first")
         return self._segment
 
-    def _publish(self, position: FloatArray) -> None:
+    def _publish(self, position: FloatArray, *, enabled: bool) -> None:
         with self._opened().commands.writing() as slot:
-            slot["enabled"] = 1
+            slot["enabled"] = enabled
             slot["position"][...] = position
 
     def _await_enabled(self) -> None:
@@ -210,3 +222,11 @@ class SimCamera:
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+
+
+if TYPE_CHECKING:
+    _FACTORIES: tuple[Callable[..., World], Callable[..., Arm], Callable[..., Camera]] = (
+        create_world,
+        create_arm,
+        create_camera,
+    )

@@ -54,6 +54,8 @@ class SimProcesses:
             DeviceError: MuJoCo or a renderer is missing, or shared memory is short.
             DeviceTimeoutError: a process is not ready in time.
         """
+        if self._segment is not None:
+            raise DeviceError("the simulated world runs already; close it first")
         for name in remove_leftovers():
             logger.warning("removed shared memory %s of a run that was killed", name)
         try:
@@ -111,6 +113,7 @@ class SimProcesses:
     def close(self) -> None:
         """Stop the processes and remove the shared memory; safe to call twice."""
         if self._segment is not None:
+            self._log_pace()
             self._segment.words[SimWord.STOP] = 1
         for process, connection in self._processes.values():
             process.join(_STOP_TIMEOUT_S)
@@ -130,6 +133,20 @@ class SimProcesses:
             self._segment.unlink()
             self._segment.close()
             self._segment = None
+
+    def _log_pace(self) -> None:
+        words = self._running().words
+        if words[SimWord.N_STEPS] == 0:
+            return
+        lost_ms = words[SimWord.LOST_NS] / 1e6
+        logger.log(
+            logging.WARNING if lost_ms else logging.INFO,
+            "sim ran at %.3f of real time, %.0f ms given up, %.1f ms to draw %d cameras",
+            self.real_time_factor,
+            lost_ms,
+            self.drawing_ms,
+            len(self._cameras),
+        )
 
     def _running(self) -> SimSegment:
         if self._segment is None:

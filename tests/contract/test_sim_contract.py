@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,15 +16,8 @@ from gwp_edge.drivers import sim
 from gwp_edge.drivers.sim_segment import SimSegment
 from gwp_edge.errors import DeviceError, SafetyFault, SpecError
 from gwp_edge.shared_memory import SHM_DIR, SharedSegment
-from gwp_edge.spec import (
-    CameraView,
-    CanvasSpec,
-    Channel,
-    NetworkSpec,
-    PolicySpec,
-    SamplerSpec,
-    Statistics,
-)
+from gwp_edge.spec import Channel
+from gwp_edge.testing import make_spec
 
 pytest.importorskip("mujoco")
 pytestmark = pytest.mark.sim
@@ -33,40 +27,12 @@ OPTIONS = {"width_px": 96, "height_px": 64, "seed": 3}
 PATIENCE_S = 60.0
 
 
-def make_spec(n_arms: int = 2, cameras: tuple[str, ...] = CAMERAS, unit: str = "m") -> PolicySpec:
-    arm = [("joint", "rad")] * 6 + [("gripper", unit)]
-    channels = tuple(
-        Channel(name=f"{name}_{i}", unit=unit, kind="delta" if unit == "rad" else "absolute")
-        for i, (name, unit) in enumerate(arm * n_arms)
-    )
-    D = len(channels)
-    sizes = {name: 32 for name in NetworkSpec.__struct_fields__ if name not in ("family", "eps")}
-    return PolicySpec(
-        network=NetworkSpec(family="gwp-0.5", eps=1e-6, **sizes),
-        sampler=SamplerSpec(shift=5.0, sigmas=(1.0, 0.0), timesteps=(1000.0,), rounding="exact"),
-        canvas=CanvasSpec(
-            width_px=32 * len(cameras),
-            height_px=32,
-            views=tuple(
-                CameraView(camera=c, x_px=32 * i, y_px=0, width_px=32, height_px=32)
-                for i, c in enumerate(cameras)
-            ),
-        ),
-        channels=channels,
-        statistics=Statistics(
-            state_q01=(-1.0,) * D,
-            state_q99=(1.0,) * D,
-            action_q01=(-1.0,) * D,
-            action_q99=(1.0,) * D,
-        ),
-        n_rows=4,
-        period_ns=33_333_333,
-        tasks=("reach",),
-        embodiment=0,
-    )
-
-
-SPEC = make_spec()
+SPEC = make_spec(2, cameras=CAMERAS)
+SINGLE_SPEC = make_spec(1)
+ANGLES_ONLY = msgspec.structs.replace(
+    SINGLE_SPEC,
+    channels=tuple(Channel(name=c.name, unit="rad", kind="delta") for c in SINGLE_SPEC.channels),
+)
 
 
 def wait_for(condition, what: str) -> None:
@@ -167,6 +133,29 @@ def test_arm_not_open_refuses_everything(running):
     arm.close()
 
 
+def test_arm_hold_stops_motion_near_first_measured_pose_and_stays(running, arm):
+    """As the guardian does it: on a second connection, without enable, again and again."""
+    target = arm.state().position.copy()
+    target[0] += 1.0 if target[0] < 0 else -1.0
+    target[[6, 13]] = 0.03
+    arm.send(target)
+    wait_for(lambda: abs(arm.state().velocity[0]) > 0.5, "motion")
+    guardian = sim.create_arm(running[1], SPEC)
+    guardian.open(enable=False)
+    guardian.hold()
+    held = arm.state().position
+
+    def rests() -> bool:
+        guardian.hold()
+        return np.abs(guardian.state().velocity).max() < 1e-3
+
+    wait_for(rests, "rest")
+    assert guardian.state().enabled
+    assert abs(guardian.state().position[0] - target[0]) > 0.1
+    np.testing.assert_allclose(guardian.state().position, held, atol=0.1)
+    guardian.close()
+
+
 def test_arm_holds_last_target_after_close(running):
     arm = sim.create_arm(running[1], SPEC)
     arm.open(enable=True)
@@ -226,6 +215,8 @@ def test_world_keeps_real_time_unless_it_says_so(running):
     """Steps done and time given up add up to the time that passed, on any machine."""
     world, extra = running
     world.check()
+    with pytest.raises(DeviceError, match="runs already"):
+        world.start()
     wait_for(lambda: world.real_time_factor > 0, "a step")
     assert world.backend in ("egl", "osmesa")
     wait_for(lambda: world.drawing_ms > 0, "a picture")
@@ -245,7 +236,7 @@ def test_new_world_is_not_enabled_and_says_when_its_physics_is_killed():
     world.check()
     arm.open(enable=False)
     assert not arm.state().enabled
-    with pytest.raises(DeviceError, match="not enabled"):
+    with pytest.raises(DeviceError, match="for reading only"):
         arm.send(arm.state().position)
     physics_pid = world.process_ids[0]
     os.kill(physics_pid, signal.SIGKILL)
@@ -335,9 +326,9 @@ def test_world_without_renderer_names_the_packages(monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (make_spec(1, CAMERAS), "one wrist camera"),
-        (make_spec(1, ("cam_odd",)), "cam_odd: expected a mount"),
-        (make_spec(1, ("cam_high",), unit="rad"), "one or two PiPER arms"),
+        (make_spec(1, cameras=CAMERAS), "one wrist camera"),
+        (make_spec(1, cameras=("cam_odd",)), "cam_odd: expected a mount"),
+        (ANGLES_ONLY, "one or two PiPER arms"),
     ],
 )
 def test_world_of_unfit_spec_is_refused(spec, message):
@@ -352,6 +343,6 @@ def test_arm_and_camera_without_world_are_refused(running):
         sim.create_camera("cam_high", {}, SPEC)
     with pytest.raises(SpecError, match="no camera cam_back"):
         sim.create_camera("cam_back", running[1], SPEC)
-    arm = sim.create_arm(running[1], make_spec(1, ("cam_high",)))
+    arm = sim.create_arm(running[1], SINGLE_SPEC)
     with pytest.raises(DeviceError, match="has 2 arms"):
         arm.open(enable=False)
