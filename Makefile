@@ -46,10 +46,10 @@ $(PYTHON_STAMP): pyproject.toml constraints.txt | $(SYSTEM_STAMP)
 		fi
 	@if test -n '$(TORCH_INDEX)'; then \
 		echo 'setup: installing torch from $(TORCH_INDEX)'; \
-		$(PIP) install -q -c constraints.txt --index-url '$(TORCH_INDEX)' torch; \
+		$(PIP) install -qq -c constraints.txt --index-url '$(TORCH_INDEX)' torch; \
 	fi
-	@echo 'setup: installing gwp-edge[$(EXTRAS)] at the versions of constraints.txt'
-	@$(PIP) install -q -c constraints.txt -e '.[$(EXTRAS)]'
+	@echo 'setup: installing gwp-edge[$(EXTRAS)] at the versions of constraints.txt (minutes on a slow line)'
+	@$(PIP) install -qq -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 test: setup ## all checks: format, lint, types, every test (what CI runs)
@@ -81,14 +81,17 @@ demo: setup ## export the reference checkpoint and run it on a simulated arm
 wheel: setup ## build/dist/*.whl, from a clean copy of the sources
 	@$(BIN)/python scripts/build_wheel.py build/dist
 
-test-all-pythons: wheel ## the runtime from its wheel, without torch, on Python 3.10, 3.12 and 3.13
-	@scripts/test-all-pythons.sh build/dist 3.10 3.12 3.13
+build/bundles/.made: $(PYTHON_STAMP) scripts/make-test-bundles.sh $(wildcard export/*.py gwp_edge/*.py)
+	@scripts/make-test-bundles.sh $(BIN)/gwp-edge build/bundles && touch $@
+
+test-all-pythons: wheel build/bundles/.made ## the runtime from its wheel, without torch, on Python 3.10, 3.12 and 3.13
+	@scripts/test-all-pythons.sh build/dist build/bundles 3.10 3.12 3.13
 
 check-wheels: setup ## do all robot-side dependencies have aarch64 wheels? (downloads, installs nothing)
 	@$(BIN)/python scripts/check_wheels.py
 
-test-aarch64: wheel ## the runtime's tests on an emulated aarch64 Debian; needs root, slow
-	@scripts/test-aarch64.sh build/dist
+test-aarch64: wheel build/bundles/.made ## the runtime's tests on an emulated aarch64 Debian; needs root, slow
+	@scripts/test-aarch64.sh build/dist build/bundles
 
 clean: ## remove what the targets made, except the virtual environment
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

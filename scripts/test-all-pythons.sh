@@ -2,12 +2,13 @@
 # Install the wheel and nothing of torch into a clean environment for each Python and run the
 # runtime's tests (everything not marked export) from a copy outside of the checkout, so that the
 # wheel is what is tested.
-# Usage: scripts/test-all-pythons.sh DIST_DIR VERSION...   (from the project's root)
+# Usage: scripts/test-all-pythons.sh DIST_DIR BUNDLES_DIR VERSION...   (from the project's root)
 set -euo pipefail
 
-dist="$1"
-shift
+dist="$1" bundles="$2"
+shift 2
 root="$PWD"
+export GWP_TEST_BUNDLES="$root/$bundles"
 wheel="$(ls "$root/$dist"/gwp_edge-*.whl)"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -46,7 +47,7 @@ for version in "$@"; do
     fi
     env="$scratch/env-$version"
     "$python" -m venv "$env"
-    pip=("$env/bin/python" -m pip --disable-pip-version-check install -q -c "$scratch/constraints.txt")
+    pip=("$env/bin/python" -m pip --disable-pip-version-check install -qq -c "$scratch/constraints.txt")
     "${pip[@]}" "$wheel" -r "$scratch/tools.txt"
     for extra in sim piper realsense; do
         # Not every vendor ships a wheel for every Python; the tests that need it then skip.

@@ -1,9 +1,51 @@
-"""Settings for every test."""
+"""Settings and fixtures for every test."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
+
+REFERENCE = Path(__file__).resolve().parent / "data" / "reference"
 
 # A busy or emulated machine may take any time for an example, so time never decides.
 settings.register_profile("gwp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gwp")
+
+
+@pytest.fixture(params=["gwp05", "gwp0"])
+def family(request) -> str:
+    """Name of a folder under tests/data/reference."""
+    return request.param
+
+
+@pytest.fixture
+def reference(family) -> dict[str, np.ndarray]:
+    """What the original answers (expected.npz), and its input as ``observation.NAME``."""
+    folder = REFERENCE / family
+    arrays = dict(np.load(folder / "expected.npz"))
+    observation = np.load(folder / "observation.npz")
+    return arrays | {f"observation.{name}": observation[name] for name in observation.files}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    """Return a function that exports a reference checkpoint, once per set of options."""
+    pytest.importorskip("torch")
+    from gwp_edge.export.pipeline import ExportOptions, export_bundle
+
+    folder = tmp_path_factory.mktemp("exported")
+    done: dict[tuple, Path] = {}
+
+    def export(family: str, **options) -> Path:
+        key = (family, *sorted(options.items()))
+        if key not in done:
+            out = folder / f"{len(done)}-{family}.gwp"
+            checkpoint = REFERENCE / family / "checkpoint"
+            export_bundle(ExportOptions(checkpoint=checkpoint, out=out, **options))
+            done[key] = out
+        return done[key]
+
+    return export

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Export the reference checkpoints into DIR, for machines that have no torch: the tests there read
+# them through GWP_TEST_BUNDLES (tests/parity/test_given_bundles.py).
+# Usage: scripts/make-test-bundles.sh GWP_EDGE DIR
+set -euo pipefail
+
+gwp_edge="$1"
+out="$2"
+mkdir -p "$out"
+bundle() { # NAME FAMILY [FLAG...]
+    local name="$1" family="$2"
+    shift 2
+    rm -rf "${out:?}/$name.gwp"
+    echo "bundle: $name"
+    "$gwp_edge" export "tests/data/reference/$family/checkpoint" --out "$out/$name.gwp" "$@" >/dev/null
+}
+bundle gwp05-exact gwp05 --timesteps exact
+bundle gwp0-exact gwp0 --timesteps exact
+bundle gwp05-fp16 gwp05 --precision fp16
