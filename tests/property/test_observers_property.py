@@ -50,6 +50,14 @@ def test_histogram_counts_every_value_in_the_bin_that_holds_it(batches):
         np.testing.assert_array_equal(histogram.counts, np.histogram(nonzero, edges)[0])
 
 
+def test_histogram_of_a_batch_beyond_one_block_counts_all():
+    x = np.random.default_rng(0).standard_normal(200_001).astype(np.float32)
+    histogram = Histogram.of(x)
+    edges = np.arange(4097) * histogram.bin_width
+    np.testing.assert_array_equal(histogram.counts, np.histogram(np.abs(x), edges)[0])
+    assert histogram.n_values == x.size
+
+
 @settings(deadline=None)
 @given(batches=BATCHES)
 def test_histogram_json_round_trip_is_exact(batches):

@@ -389,3 +389,26 @@ def test_image_of_overwritten_bytes_is_right_or_refused_never_wrong(copy, shared
             else:
                 np.testing.assert_array_equal(image, good.image(2, frame, "front"))
     assert 0 < n_refused < 55
+
+
+def test_image_when_the_container_seeks_too_far_is_still_exact(shared):
+    """Some containers index key frames by decoding time and land behind the frame asked for."""
+    from gwp_edge.calibration.video import VideoReader
+
+    class LateSeek:
+        def __init__(self, container):
+            self.container, self.decode, self.targets = container, container.decode, []
+
+        def seek(self, target, *, stream):
+            self.targets.append(target)
+            late = round(0.9 / float(stream.time_base)) if target else 0
+            self.container.seek(target + late, stream=stream)
+
+    path = shared / "videos/observation.images.front/chunk-000/file-000.mp4"
+    pictures = every_frame(path)
+    reader = VideoReader(path, fps=30)
+    late = reader._container = LateSeek(reader._container)
+    for i in (110, 40, 7, 90):
+        np.testing.assert_array_equal(reader.frame(i / 30), pictures[i])
+    assert len(late.targets) > 4
+    late.container.close()
