@@ -245,14 +245,9 @@ class Schedule:
         """Return the target at ``now_ns``, rad and m, shape (D,)."""
         if not self._plans:
             return self._braked(now_ns)[0]
-        position = self._mean(now_ns, lambda p, u, _: p.position(u))
-        since_ns = now_ns - self._seam_t_ns
-        if since_ns < self._seam_time_ns:
-            time_s, x = self._seam_time_ns / 1e9, since_ns / self._seam_time_ns
-            fade = 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x * x)
-            fade_v = time_s * x * (1.0 - x * x * (6.0 - 8.0 * x + 3.0 * x * x))
-            position = position + self._offset * fade + self._velocity_offset * fade_v
-        return position
+        if len(self._plans) > 1:
+            self._drop_ended(now_ns)
+        return self._position_at(now_ns)
 
     def _reason_to_reject(self, chunk: Chunk, now_ns: int) -> Acceptance:
         if chunk.actions.shape[1] != len(self._hold):
@@ -278,14 +273,25 @@ class Schedule:
         rate = 1.0 - 3.0 * x * x + 2.0 * x**3
         return self._hold + self._brake_v * way, self._brake_v * rate
 
+    def _drop_ended(self, now_ns: int) -> None:
+        """Take plans that are used up out of the mean, which must not jump by it."""
+        t_ns = now_ns + self._lead_ns
+        live = [p for p in self._plans if not p.ended(t_ns)] or self._plans[-1:]
+        if len(live) == len(self._plans):
+            return
+        position, velocity = self._at(now_ns)
+        self._plans = live
+        self._seam_time_ns = 0
+        new_position, new_velocity = self._at(now_ns)
+        self._set_seam(now_ns, position - new_position, velocity - new_velocity)
+
     def _mean(self, now_ns: int, value: Callable[[_Plan, float, float], FloatArray]) -> FloatArray:
         """Return the mean of ``value(plan, row, rate)`` over the plans that cover the moment."""
         t_ns = now_ns + self._lead_ns
         if len(self._plans) == 1:
             return value(self._plans[0], *self._plans[0].row_at(t_ns))
-        live = [p for p in self._plans if not p.ended(t_ns)] or self._plans[-1:]
-        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(live)))
-        values = np.stack([value(p, *p.row_at(t_ns)) for p in live])
+        weights = np.exp(-ENSEMBLE_DECAY * np.arange(len(self._plans)))
+        values = np.stack([value(p, *p.row_at(t_ns)) for p in self._plans])
         mean: FloatArray = weights @ values / weights.sum()
         return mean
 
@@ -293,6 +299,11 @@ class Schedule:
         """Return target and its velocity at ``now_ns``, seam included."""
         if not self._plans:
             return self._braked(now_ns)
+        if len(self._plans) > 1:
+            self._drop_ended(now_ns)
+        return self._at(now_ns)
+
+    def _at(self, now_ns: int) -> tuple[FloatArray, FloatArray]:
         velocity = self._mean(now_ns, lambda p, u, rate: p.velocity(u, rate))
         since_ns = now_ns - self._seam_t_ns
         if since_ns < self._seam_time_ns:
@@ -300,4 +311,14 @@ class Schedule:
             slope = -30.0 * x * x * (1.0 - 2.0 * x + x * x) / time_s
             slope_v = 1.0 - x * x * (18.0 - 32.0 * x + 15.0 * x * x)
             velocity = velocity + self._offset * slope + self._velocity_offset * slope_v
-        return self.sample(now_ns), velocity
+        return self._position_at(now_ns), velocity
+
+    def _position_at(self, now_ns: int) -> FloatArray:
+        position = self._mean(now_ns, lambda p, u, _: p.position(u))
+        since_ns = now_ns - self._seam_t_ns
+        if since_ns < self._seam_time_ns:
+            time_s, x = self._seam_time_ns / 1e9, since_ns / self._seam_time_ns
+            fade = 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x * x)
+            fade_v = time_s * x * (1.0 - x * x * (6.0 - 8.0 * x + 3.0 * x * x))
+            position = position + self._offset * fade + self._velocity_offset * fade_v
+        return position
