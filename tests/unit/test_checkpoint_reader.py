@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -208,8 +209,9 @@ def test_open_deepspeed_folder_follows_its_tag(tmp_path, small):
     torch.save(state, file)
     for path in (tmp_path / "run", tag, file):
         assert_same(path, small)
+    shutil.copytree(tag, tmp_path / "elsewhere")
     (tmp_path / "run" / "latest").write_text("../elsewhere")
-    with pytest.raises(SpecError, match="latest"):
+    with pytest.raises(SpecError, match="expected the name of a folder beside it"):
         open_checkpoint(tmp_path / "run")
 
 
@@ -235,6 +237,14 @@ def test_open_training_folder_finds_the_child(tmp_path, small):
     assert_same(tmp_path, small)
     (tmp_path / "checkpoint_epoch_2_step_100").mkdir()
     with pytest.raises(SpecError, match=r"2 candidates.*step_50"):
+        open_checkpoint(tmp_path)
+
+
+def test_open_two_children_refuses(tmp_path, small):
+    for name in ("transformer", "checkpoint"):
+        (tmp_path / name).mkdir()
+        save_file(small, tmp_path / name / WEIGHTS)
+    with pytest.raises(SpecError, match=r"2 candidates.*transformer, checkpoint"):
         open_checkpoint(tmp_path)
 
 
@@ -340,6 +350,22 @@ def test_open_bad_config_names_it(tmp_path, small):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SpecError, match=r"config\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_load_of_short_reads_is_whole(tmp_path, small, monkeypatch):
+    """Linux reads at most 2 GiB in one call."""
+    save_file(small, tmp_path / WEIGHTS)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:1000]], at))
+    assert_same(tmp_path, small)
+
+
+def test_load_of_a_file_that_shrank_names_it(tmp_path, small):
+    save_file(small, tmp_path / WEIGHTS)
+    with open_checkpoint(tmp_path) as checkpoint:
+        os.truncate(tmp_path / WEIGHTS, 4000)
+        with pytest.raises(SpecError, match="shrank while"):
+            [checkpoint.load(n) for n in checkpoint.names()]
 
 
 def test_load_finite_names_the_tensor(tmp_path, small):
