@@ -26,6 +26,7 @@ from gwp_edge.drivers.piper_feedback import (
     ERR_RESTARTED,
     ERR_TX_TIMEOUT,
 )
+from gwp_edge.drivers.socket_batch import SO_TIMESTAMPNS, SocketBatch
 from gwp_edge.errors import DeviceError, SpecError
 
 if TYPE_CHECKING:
@@ -40,20 +41,20 @@ CAN_FRAME = Struct("=IB3x8s")
 CAN_FILTER = Struct("=II")
 # A frame on the Unix socket: struct can_frame and the time at which the arm sent it.
 UNIX_FRAME = Struct("=IB3x8sq")
-_TIMESPEC = Struct("@ll")
 
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
 CAN_RTR_FLAG = 0x40000000
-# linux/can.h, linux/can/raw.h and asm-generic/socket.h; not every Python names all of them.
+# linux/can.h and linux/can/raw.h; not every Python names all of them.
 AF_CAN, CAN_RAW = 29, 1
 SOL_CAN_RAW, CAN_RAW_FILTER, CAN_RAW_ERR_FILTER = 101, 1, 2
-SO_TIMESTAMPNS = 35
 _ERROR_MASK = (
     ERR_BUS_OFF | ERR_RESTARTED | ERR_NO_ACK | ERR_TX_TIMEOUT | ERR_CONTROLLER | ERR_PROTOCOL
 )
-# A drain ends here even if frames come faster than they are read.
+# A drain ends after so many frames, or system calls of 64 frames, even if they never stop.
 _MAX_DRAIN = 512
+_MAX_CALLS = 8
+_CALL_FRAMES = 64
 _IFF_UP = 1
 _ARPHRD_CAN = 280
 
@@ -188,42 +189,81 @@ class SocketCan:
         except OSError as e:
             self._socket.close()
             raise _gone(name, e) from e
+        self._packets = _Packets(name, self._socket, CAN_FRAME.size, stamps=True)
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""
-        try:
-            for can_id, data in frames:
-                self._socket.send(CAN_FRAME.pack(can_id, 8, data))
-        except OSError as e:
-            if e.errno in (errno.ENOBUFS, errno.EAGAIN):
-                raise CanBusyError(f"CAN interface {self.name}: transmit queue is full") from e
-            raise _gone(self.name, e) from e
+        self._packets.send([CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames])
 
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
         self._offset.measure()
+        offset_ns = self._offset.offset_ns
         frames: list[StampedFrame] = []
-        try:
-            for _ in range(_MAX_DRAIN):
-                packet, control, _flags, _address = self._socket.recvmsg(16, 64)
-                can_id, length, data = CAN_FRAME.unpack(packet)
-                frames.append((can_id, data[:length], self._stamp_ns(control)))
-        except BlockingIOError:
-            pass
-        except OSError as e:
-            raise _gone(self.name, e) from e
+        for _ in range(_MAX_CALLS):
+            view, n = self._packets.receive()
+            stamps = self._packets.stamps_ns(n)
+            if 0 in stamps:  # the kernel gave no stamp: the present is the best there is
+                now_ns = time.time_ns()
+                stamps = [stamp_ns or now_ns for stamp_ns in stamps]
+            frames += [
+                (can_id, data if length == 8 else data[:length], stamp_ns + offset_ns)
+                for (can_id, length, data), stamp_ns in zip(
+                    CAN_FRAME.iter_unpack(view), stamps, strict=True
+                )
+            ]
+            if n < _CALL_FRAMES:
+                break
         return frames
-
-    def _stamp_ns(self, control: list[tuple[int, int, bytes]]) -> int:
-        for level, kind, value in control:
-            if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
-                seconds, nanoseconds = _TIMESPEC.unpack(value[: _TIMESPEC.size])
-                return self._offset.monotonic_ns(seconds * 1_000_000_000 + nanoseconds)
-        return time.monotonic_ns()
 
     def close(self) -> None:
         """Close; safe to call twice."""
+        self._packets.close()
         self._socket.close()
+
+
+class _Packets:
+    """A socket's packets in batches, with this module's errors. Threads: one owner."""
+
+    def __init__(
+        self, name: str, endpoint: socket.socket, packet_bytes: int, *, stamps: bool
+    ) -> None:
+        self._name = name
+        self._batch: SocketBatch | None = SocketBatch(
+            endpoint, packet_bytes, n_receive=_CALL_FRAMES, stamps=stamps
+        )
+
+    def _opened(self) -> SocketBatch:
+        if self._batch is None:
+            raise DeviceError(f"CAN channel {self._name} is closed")
+        return self._batch
+
+    def send(self, packets: Sequence[bytes]) -> None:
+        try:
+            n_sent = self._opened().send(packets)
+        except OSError as e:
+            if e.errno not in (errno.ENOBUFS, errno.EAGAIN):
+                raise _gone(self._name, e) from e
+            n_sent = 0
+        if n_sent < len(packets):
+            raise CanBusyError(
+                f"CAN channel {self._name}: transmit queue is full, {n_sent} of {len(packets)} "
+                "frames were sent"
+            )
+
+    def receive(self) -> tuple[memoryview, int]:
+        try:
+            return self._opened().receive()
+        except EOFError as e:
+            raise DeviceError(f"CAN channel {self._name} was closed by the other side") from e
+        except OSError as e:
+            raise _gone(self._name, e) from e
+
+    def stamps_ns(self, n: int) -> list[int]:
+        return self._opened().stamps_ns(n)
+
+    def close(self) -> None:
+        self._batch = None
 
 
 def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
@@ -244,8 +284,8 @@ class UnixCan:
     def __init__(self, name: str, can_ids: Sequence[int], endpoint: socket.socket) -> None:
         self.name = name
         self._wanted = frozenset(can_ids)
-        endpoint.settimeout(0)
         self._socket = endpoint
+        self._packets = _Packets(name, endpoint, UNIX_FRAME.size, stamps=False)
 
     @classmethod
     def connect(cls, path: str, can_ids: Sequence[int]) -> UnixCan:
@@ -267,35 +307,26 @@ class UnixCan:
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""
-        try:
-            for can_id, data in frames:
-                self._socket.send(UNIX_FRAME.pack(can_id, 8, data, 0))
-        except BlockingIOError as e:
-            raise CanBusyError(f"CAN channel {self.name}: transmit queue is full") from e
-        except OSError as e:
-            raise _gone(self.name, e) from e
+        self._packets.send([UNIX_FRAME.pack(can_id, 8, data, 0) for can_id, data in frames])
 
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
         frames: list[StampedFrame] = []
-        append, take, unpack = frames.append, self._socket.recv, UNIX_FRAME.unpack
-        wanted, size = self._wanted, UNIX_FRAME.size
-        try:
-            for _ in range(_MAX_DRAIN):
-                packet = take(size)
-                if not packet:
-                    raise DeviceError(f"CAN channel {self.name} was closed by the other side")
-                can_id, length, data, t_ns = unpack(packet)
-                if can_id in wanted or can_id & CAN_ERR_FLAG:
-                    append((can_id, data if length == 8 else data[:length], t_ns))
-        except BlockingIOError:
-            pass
-        except OSError as e:
-            raise _gone(self.name, e) from e
+        wanted = self._wanted
+        for _ in range(_MAX_CALLS):
+            view, n = self._packets.receive()
+            frames += [
+                (can_id, data if length == 8 else data[:length], t_ns)
+                for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
+                if can_id in wanted or can_id & CAN_ERR_FLAG
+            ]
+            if n < _CALL_FRAMES:
+                break
         return frames
 
     def close(self) -> None:
         """Close; safe to call twice."""
+        self._packets.close()
         self._socket.close()
 
 

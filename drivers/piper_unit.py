@@ -32,6 +32,7 @@ _BEYOND_M = 0.01
 _DRIFT_RAD = math.radians(10.0)
 _AGREE_RAD = math.radians(2.0)
 _DRIFT_TIME_NS = 200_000_000
+_COMPARE_PERIOD_NS = 40_000_000
 
 
 class PiperUnit:
@@ -67,7 +68,7 @@ class PiperUnit:
         self._t_mode_ns = 0
         self._drift_faults = False
         self._compares_motors = False
-        self._t_drift_ns = 0
+        self._t_drift_ns = self._t_compare_ns = 0
         self._failed: str | None = None
         self._held: Command | None = None
 
@@ -80,7 +81,7 @@ class PiperUnit:
         self.feedback.reset()
         self._failed = None
         self._held = None
-        self._t_drift_ns = 0
+        self._t_drift_ns = self._t_compare_ns = 0
         self._n_dropped_in_row = 0
         self._link = self._open_link()
         connect(self._port())
@@ -179,7 +180,8 @@ class PiperUnit:
             error = bus_off_error(self.name)
             self._failed = str(error)
             raise error
-        if self._compares_motors:
+        if self._compares_motors and now_ns >= self._t_compare_ns:
+            self._t_compare_ns = now_ns + _COMPARE_PERIOD_NS
             self._watch_drift(now_ns)
 
     def _watch_drift(self, now_ns: int) -> None:

@@ -16,7 +16,6 @@ from gwp_edge.drivers.piper_can import (
     CAN_RAW,
     CAN_RAW_ERR_FILTER,
     CAN_RAW_FILTER,
-    SO_TIMESTAMPNS,
     SOL_CAN_RAW,
     UNIX_FRAME,
     CanBusyError,
@@ -29,6 +28,7 @@ from gwp_edge.drivers.piper_can import (
 )
 from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, ERR_BUS_OFF, PiperFeedback
 from gwp_edge.drivers.piper_link import RECEIVED_IDS
+from gwp_edge.drivers.socket_batch import SO_TIMESTAMPNS, SocketBatch
 from gwp_edge.errors import DeviceError, SpecError
 
 
@@ -53,63 +53,59 @@ def test_pack_filters_matches_only_plain_11_bit_frames_of_the_ids():
     assert not passes(0x2A1 | 0x40000000)  # remote request
 
 
-class FakeSocket:
-    """Stands in for a raw CAN socket, which this kernel may not have; records and replays."""
+class StandIn:
+    """A UDP socket where a raw CAN socket would be, as this kernel may have no CAN.
 
-    def __init__(self, packets=(), error=None, n_before_error=10**9):
-        self.options = []
-        self.timeout = "unset"
-        self.sent = []
+    CAN's own options are recorded; the rest, batches and kernel stamps among it, is real.
+    """
+
+    def __init__(self):
+        self.near = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.far = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for end in (self.near, self.far):
+            end.bind(("127.0.0.1", 0))
+            end.settimeout(5.0)
+        self.near.connect(self.far.getsockname())
+        self.far.connect(self.near.getsockname())
+        self.options = {}
         self.bound = None
-        self.closed = False
-        self._packets = list(packets)
-        self._error = error
-        self._left = n_before_error
 
-    def setsockopt(self, *option):
-        self.options.append(option)
+    def setsockopt(self, level, name, value):
+        self.options[level, name] = value
+        if level != SOL_CAN_RAW:
+            self.near.setsockopt(level, name, value)
 
     def settimeout(self, seconds):
-        self.timeout = seconds
+        self.near.settimeout(seconds)
+
+    def fileno(self):
+        return self.near.fileno()
 
     def bind(self, address):
         self.bound = address
 
-    def send(self, packet):
-        if self._left == 0:
-            raise OSError(self._error, "injected")
-        self._left -= 1
-        self.sent.append(packet)
-
-    def recvmsg(self, size, control_size):
-        assert size == 16
-        assert control_size >= socket.CMSG_SPACE(16)
-        if self._packets:
-            return self._packets.pop(0)
-        if self._error is not None:
-            raise OSError(self._error, "injected")
-        raise BlockingIOError(errno.EAGAIN, "nothing")
-
     def close(self):
-        self.closed = True
+        self.near.close()
+        self.far.close()
 
 
 @pytest.fixture
-def open_fake(monkeypatch, tmp_path):
-    def opener(fake):
-        asked = []
+def can_socket(monkeypatch):
+    """A ``SocketCan`` on a stand-in, and the stand-in."""
+    stand_in = StandIn()
 
-        def make(*arguments):
-            asked.append(arguments)
-            return fake
+    def make(*arguments):
+        assert arguments == (AF_CAN, socket.SOCK_RAW, CAN_RAW)
+        return stand_in
 
-        monkeypatch.setattr(piper_can, "check_interface", lambda _name: None)
-        monkeypatch.setattr(piper_can.socket, "socket", make)
+    with monkeypatch.context() as patch:
+        patch.setattr(piper_can, "check_interface", lambda _name: None)
+        patch.setattr(piper_can.socket, "socket", make)
         transport = SocketCan("can_left", RECEIVED_IDS)
-        assert asked == [(AF_CAN, socket.SOCK_RAW, CAN_RAW)]
-        return transport
-
-    return opener
+    yield transport, stand_in
+    transport.close()
+    transport.close()
+    stand_in.close()
 
 
 @pytest.mark.parametrize("name", ["AF_CAN", "CAN_RAW", "SOL_CAN_RAW", "CAN_RAW_FILTER"])
@@ -119,77 +115,127 @@ def test_socket_constants_are_those_of_python_where_it_names_them(name):
     assert getattr(socket, name) == globals()[name]
 
 
-def test_socketcan_open_sets_filters_errors_and_stamps_before_binding(open_fake):
-    fake = FakeSocket()
-    open_fake(fake)
-    options = {(level, name): value for level, name, value in fake.options}
+def test_socketcan_open_sets_filters_errors_and_stamps(can_socket):
+    _, stand_in = can_socket
+    options = stand_in.options
     assert options[SOL_CAN_RAW, CAN_RAW_FILTER] == pack_filters(RECEIVED_IDS)
     errors = options[SOL_CAN_RAW, CAN_RAW_ERR_FILTER]
     for bit in (0x001, 0x020, 0x040, 0x100):  # tx timeout, no ack, bus-off, restarted
         assert errors & bit
     assert not errors & 0x080  # "bus error (may flood!)" in linux/can/error.h
     assert options[socket.SOL_SOCKET, SO_TIMESTAMPNS] == 1
-    assert fake.timeout == 0
-    assert fake.bound == ("can_left",)
+    assert stand_in.near.gettimeout() == 0
+    assert stand_in.bound == ("can_left",)
 
 
-def test_socketcan_receive_gives_frames_with_monotonic_stamps(open_fake):
-    before_ns = time.time_ns()
-    seconds, nanoseconds = divmod(before_ns, 10**9)
-    stamp = [(socket.SOL_SOCKET, SO_TIMESTAMPNS, struct.pack("@ll", seconds, nanoseconds))]
-    packet = CAN_FRAME.pack(0x2A5, 8, bytes(range(8)))
-    short = CAN_FRAME.pack(0x2A6, 3, b"abc")
-    transport = open_fake(FakeSocket([(packet, stamp, 0, ("can_left",)), (short, [], 0, ())]))
-    expected_ns = time.monotonic_ns() - (time.time_ns() - before_ns)
-    (first, second) = transport.receive()
+def test_socketcan_receive_gives_frames_with_the_kernels_stamps(can_socket):
+    transport, stand_in = can_socket
+    before_ns = time.monotonic_ns()
+    stand_in.far.send(CAN_FRAME.pack(0x2A5, 8, bytes(range(8))))
+    stand_in.far.send(CAN_FRAME.pack(0x2A6, 3, b"abc"))
+    between_ns = time.monotonic_ns()
+    time.sleep(0.01)  # a stamp made on reading would be later than that
+    first, second = transport.receive()
     assert first[:2] == (0x2A5, bytes(range(8)))
-    assert abs(first[2] - expected_ns) < 1_000_000_000
     assert second[:2] == (0x2A6, b"abc")
+    assert before_ns - 100_000 <= first[2] <= second[2] <= between_ns + 100_000
     assert transport.receive() == []
 
 
-def test_socketcan_error_frame_is_decoded_as_bus_off(open_fake):
-    packet = CAN_FRAME.pack(CAN_ERR_FLAG | ERR_BUS_OFF, 8, bytes(8))
-    transport = open_fake(FakeSocket([(packet, [], 0, ())]))
+def test_socketcan_receive_takes_more_than_one_batch_in_order(can_socket):
+    transport, stand_in = can_socket
+    for i in range(150):
+        stand_in.far.send(CAN_FRAME.pack(0x2A5, 8, struct.pack(">q", i)))
+    frames = transport.receive()
+    assert [struct.unpack(">q", data)[0] for _, data, _ in frames] == list(range(150))
+    assert transport.receive() == []
+
+
+def test_socketcan_kernel_that_gives_no_stamp_means_now(can_socket):
+    transport, stand_in = can_socket
+    stand_in.near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 0)
+    stand_in.far.send(CAN_FRAME.pack(0x2A5, 8, bytes(8)))
+    ((_, _, t_ns),) = transport.receive()
+    assert abs(time.monotonic_ns() - t_ns) < 10**9
+
+
+def test_socketcan_error_frame_is_decoded_as_bus_off(can_socket):
+    transport, stand_in = can_socket
+    stand_in.far.send(CAN_FRAME.pack(CAN_ERR_FLAG | ERR_BUS_OFF, 8, bytes(8)))
     feedback = PiperFeedback("arm")
     feedback.ingest(transport.receive())
     assert feedback.bus_off
     assert feedback.n_error_frames == 1
 
 
-def test_socketcan_send_writes_whole_frames(open_fake):
-    fake = FakeSocket()
+def test_socketcan_send_writes_whole_frames(can_socket):
+    transport, stand_in = can_socket
     frames = piper_codec.encode_joints([1, 2, 3, 4, 5, 6])
-    open_fake(fake).send(frames)
-    assert fake.sent == [CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames]
+    transport.send(frames)
+    heard = [stand_in.far.recv(64) for _ in frames]
+    assert heard == [CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames]
 
 
 @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EAGAIN])
-def test_socketcan_full_queue_is_busy_and_drops_the_rest(open_fake, number):
-    fake = FakeSocket(error=number, n_before_error=1)
-    with pytest.raises(CanBusyError, match="can_left: transmit queue is full"):
-        open_fake(fake).send(piper_codec.encode_joints([0] * 6))
-    assert len(fake.sent) == 1
+def test_socketcan_full_queue_is_busy(can_socket, monkeypatch, number):
+    transport, _ = can_socket
+
+    def refuse(_self, _packets):
+        raise OSError(number, "injected")
+
+    monkeypatch.setattr(piper_can.SocketBatch, "send", refuse)
+    with pytest.raises(CanBusyError, match="can_left: transmit queue is full, 0 of 3"):
+        transport.send(piper_codec.encode_joints([0] * 6))
+
+
+def test_socketcan_queue_that_fills_half_way_is_busy(can_socket, monkeypatch):
+    transport, _ = can_socket
+    monkeypatch.setattr(piper_can.SocketBatch, "send", lambda _self, _packets: 1)
+    with pytest.raises(CanBusyError, match="1 of 3 frames were sent"):
+        transport.send(piper_codec.encode_joints([0] * 6))
 
 
 @pytest.mark.parametrize("number", [errno.ENETDOWN, errno.ENODEV, errno.ENXIO])
-def test_socketcan_interface_that_goes_down_names_the_command(open_fake, number):
-    fake = FakeSocket(error=number, n_before_error=0)
-    transport = open_fake(fake)
+@pytest.mark.parametrize("verb", ["send", "receive"])
+def test_socketcan_interface_that_goes_down_names_the_command(
+    can_socket, monkeypatch, number, verb
+):
+    transport, _ = can_socket
+
+    def refuse(*_arguments):
+        raise OSError(number, "injected")
+
+    monkeypatch.setattr(piper_can.SocketBatch, verb, refuse)
+    with pytest.raises(DeviceError, match="can_left went down") as caught:
+        transport.send([(0, bytes(8))]) if verb == "send" else transport.receive()
+    assert not isinstance(caught.value, CanBusyError)
+    assert "ip link set can_left up" in str(caught.value)
+    assert "bitrate 1000000" in str(caught.value)
+
+
+def test_socketcan_drain_ends_when_frames_never_stop(can_socket, monkeypatch):
+    transport, _ = can_socket
+    flood = memoryview(CAN_FRAME.pack(0x2A5, 8, bytes(8)) * 64)
+    monkeypatch.setattr(piper_can.SocketBatch, "receive", lambda _self: (flood, 64))
+    assert len(transport.receive()) == 512
+
+
+def test_socketcan_closed_is_a_device_error_and_touches_no_other_file(can_socket):
+    transport, _ = can_socket
+    transport.close()
     for action in (lambda: transport.send([(0, bytes(8))]), transport.receive):
-        with pytest.raises(DeviceError, match="can_left went down") as caught:
+        with pytest.raises(DeviceError, match="can_left is closed"):
             action()
-        assert not isinstance(caught.value, CanBusyError)
-        assert "ip link set can_left up" in str(caught.value)
-        assert "bitrate 1000000" in str(caught.value)
 
 
-def test_socketcan_drain_ends_when_frames_never_stop(open_fake):
-    class Flood(FakeSocket):
-        def recvmsg(self, size, control_size):
-            return CAN_FRAME.pack(0x2A5, 8, bytes(8)), [], 0, ()
-
-    assert len(open_fake(Flood()).receive()) == 512
+def test_socket_batch_too_many_packets_at_once_is_refused():
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        batch = SocketBatch(near, 4, n_send=2, stamps=False)
+        with pytest.raises(ValueError, match="at most 2 packets per call, got 3"):
+            batch.send([b"abcd"] * 3)
+        assert batch.send([b"abcd", b"efgh"]) == 2
+        assert far.recv(64) == b"abcd"
 
 
 # --- the interface ---
@@ -287,8 +333,13 @@ def test_unix_frames_pass_both_ways_with_their_stamp(pair):
 
 def test_unix_peer_that_does_not_read_fills_the_queue(pair):
     transport, _ = pair
+
+    def fill():
+        while True:
+            transport.send([(0x155, bytes(8))] * 3)
+
     with pytest.raises(CanBusyError, match="transmit queue is full"):
-        transport.send([(0x155, bytes(8))] * 100_000)
+        fill()
 
 
 def test_unix_peer_that_closes_is_a_device_error(pair):
