@@ -19,7 +19,7 @@ from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
 
-_NOT_FINITE_IN_ROW = 3
+_REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
 _DROPPED_IN_ROW = 5
 _STANDING_TICKS = 3
@@ -117,7 +117,7 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_not_finite = self._n_rejected = self._n_dropped = 0
+        self._n_refused = self._n_rejected = self._n_dropped = 0
         self._resume_count = self._words[Word.RESUME_COUNT]
         self._braking = False
         self._stop_wanted = self._parking_begun = False
@@ -208,23 +208,31 @@ class MotorLoop:
             return
         if self.mode in (Mode.PARK, Mode.FAULT):
             return
-        if not np.isfinite(chunk.actions).all():
-            self._words[Word.MOTOR_N_NOT_FINITE] += 1
-            self._n_not_finite += 1
-            if self._n_not_finite >= _NOT_FINITE_IN_ROW:
-                text = (
-                    f"the policy answered NaN or infinity {self._n_not_finite} times in a row; "
-                    "check the bundle with gwp-edge verify"
-                )
-                self._hold(HoldReason.NOT_FINITE, text, now_ns)
+        refused = self._limiter.reason_to_refuse(chunk.actions)
+        if refused is not None:
+            self._refuse(chunk, refused, now_ns)
             return
-        self._n_not_finite = 0
+        self._n_refused = 0
         if self.mode not in (Mode.APPROACH, Mode.RUN):
             self._pending = chunk
             return
         result = self._schedule.accept(chunk, now_ns, seam=self.mode is Mode.RUN)
         if result is not Acceptance.ACCEPTED:
             self._reject(chunk, result)
+
+    def _refuse(self, chunk: Chunk, why: str, now_ns: int) -> None:
+        """Leave a chunk that is not finite or absurd unused; hold after three in a row."""
+        is_finite = bool(np.isfinite(chunk.actions).all())
+        self._words[Word.MOTOR_N_REJECTED_CHUNKS if is_finite else Word.MOTOR_N_NOT_FINITE] += 1
+        self._n_refused += 1
+        if self._n_refused < _REFUSED_IN_ROW:
+            return
+        reason = HoldReason.REJECTED if is_finite else HoldReason.NOT_FINITE
+        text = (
+            f"{self._n_refused} plans in a row were refused, the last because its {why}; "
+            "check the bundle with gwp-edge verify"
+        )
+        self._hold(reason, text, now_ns)
 
     def _reject(self, chunk: Chunk, result: Acceptance) -> None:
         self._words[Word.MOTOR_N_REJECTED_CHUNKS] += 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -273,6 +272,9 @@ def _factory(
 ) -> Callable[..., object]:
     if kind in registry:
         return import_callable(registry[kind], f"{what} driver")
+    # Slow to import, and needed for third parties' devices only.
+    from importlib.metadata import entry_points
+
     found = {e.name: e for e in entry_points(group=group)} if group else {}
     if kind in found:
         return import_callable(found[kind].value, f"{what} driver")

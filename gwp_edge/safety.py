@@ -177,6 +177,17 @@ class Limiter:
             j.floor, j.ceiling = min(j.low, p), max(j.high, p)
         self.position[:] = [j.p for j in self._joints]
 
+    def reason_to_refuse(self, rows: FloatArray) -> str | None:
+        """Return why a whole plan (H, D) is refused, or None: a row that ``step`` would reject.
+
+        Asked before a seam could hide an absurd plan behind a long fade.
+        """
+        low = np.array([j.reject_low for j in self._joints])
+        high = np.array([j.reject_high for j in self._joints])
+        # Written so that NaN fails it.
+        bad = np.argwhere(~((rows >= low) & (rows <= high)))
+        return None if len(bad) == 0 else self._reason_to_reject(rows[bad[0][0]].tolist())
+
     def retarget(self) -> None:
         """Forget the last target: the next one continues from the command, not from it."""
         for j in self._joints:

@@ -31,6 +31,7 @@ _STOP_TIMEOUT_S: Final = 5.0
 _PARK_TIMEOUT_S: Final = 60.0
 _JOIN_TIMEOUT_S: Final = 3.0
 _GUARDIAN_TIMEOUT_S: Final = 2.0
+_END_TIMEOUT_S: Final = 2.0
 
 
 class Supervisor:
@@ -369,7 +370,7 @@ class Supervisor:
 
     def _end_processes(self) -> None:
         self._words[Word.POLICY_STOP] = self._words[Word.GUARDIAN_STOP] = 1
-        deadline_s = time.monotonic() + _JOIN_TIMEOUT_S
+        deadline_s = time.monotonic() + _END_TIMEOUT_S
         for process in self._processes.values():
             process.join(max(0.0, deadline_s - time.monotonic()))
             if process.is_alive():

@@ -1,0 +1,453 @@
+"""Every row of the fault table, tick by tick, on a clock that is wound by hand."""
+
+import numpy as np
+import pytest
+
+from gwp_edge.errors import DeviceError, DeviceTimeoutError
+from gwp_edge.mailbox import Board
+from gwp_edge.motor import MotorLoop, MotorOptions
+from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
+from gwp_edge.testing import FakeArm, FakeClock, make_spec
+from gwp_edge.types import Chunk, JointLimits
+
+MS = 1_000_000
+TICK_NS = 5 * MS
+ACCELERATION = 5.0
+
+
+class Rig:
+    """A motor loop with everything around it, and what it did."""
+
+    def __init__(self, *, park=None, start=0.0, **options):
+        self.spec = make_spec()
+        self.D = self.spec.n_channels
+        self.clock = FakeClock()
+        self.limits = JointLimits(
+            position_min=np.full(self.D, -2.0),
+            position_max=np.full(self.D, 2.0),
+            velocity_max=np.full(self.D, 3.0),
+            acceleration_max=np.full(self.D, ACCELERATION),
+        )
+        self.arm = FakeArm(self.spec.channels, self.limits, self.clock)
+        self.arm.open(enable=True)
+        self.arm.position = np.full(self.D, start)
+        self.board = Board.create(self.D, self.spec.n_rows)
+        self.writer = Board.attach(self.board.name, self.D, self.spec.n_rows)
+        self.options = MotorOptions(**options)
+        self.loop = MotorLoop(
+            self.arm, self.board, self.clock, self.options, limits=self.limits, park=park
+        )
+        self.loop.begin(self.arm.state())
+        self.start = self.arm.position.copy()
+        self.running = True
+        self.n_chunks = 0
+        self.events = []
+        # A plan goes on from the pose at rest; the centre of all plans.
+        self.speed = 0.0
+        self.t0_ns = self.clock.now_ns()
+
+    def close(self):
+        self.writer.close()
+        self.board.close()
+        self.board.unlink()
+
+    @property
+    def words(self):
+        return self.writer.words
+
+    def plan(self, speed=0.2, age_ns=20 * MS, bad=None, offset=0.0):
+        """Publish a plan: from the present command on at ``speed``, like a policy that looks."""
+        t = np.arange(self.spec.n_rows)[:, None] * self.spec.period_ns / 1e9
+        # Row for "now" is the present command, so that the plan fits the motion.
+        actions = self.arm.position + offset + speed * (t - age_ns / 1e9) * np.ones(self.D)
+        if bad is not None:
+            actions[-1, -1] = bad
+        self.writer.publish_chunk(
+            Chunk(
+                actions=actions,
+                t_observed_ns=self.clock.now_ns() - age_ns,
+                period_ns=self.spec.period_ns,
+                chunk_idx=self.n_chunks,
+            )
+        )
+        self.n_chunks += 1
+
+    def ticks(self, n, *, every=None, speed=0.2):
+        """Tick ``n`` times or until the loop is over; plan anew ``every`` ticks."""
+        for i in range(n):
+            if not self.running:
+                return
+            if every is not None and i % every == 0:
+                self.plan(speed)
+            self.clock.advance(TICK_NS)
+            self.running = self.loop.tick(self.clock.now_ns())
+
+    def run(self, speed=0.2):
+        """Get to RUN."""
+        self.words[Word.REQUEST] = Request.RUN
+        self.ticks(10)
+        self.plan(0.0, age_ns=0)
+        self.ticks(3)
+        self.ticks(60, every=10, speed=speed)
+        assert self.loop.mode is Mode.RUN
+
+    def said(self, kind=None):
+        self.events += self.board.events["motor"].drain()
+        return [e.text for e in self.events if kind is None or e.kind is kind]
+
+    def velocity(self):
+        return np.diff(np.array(self.arm.sent), axis=0) / (TICK_NS / 1e9)
+
+    def check_decelerated_and_holding(self):
+        """The last commands stand, and nothing on the way there broke a limit."""
+        v = np.concatenate([np.zeros((1, self.D)), self.velocity()])
+        a = np.diff(v, axis=0) / (TICK_NS / 1e9)
+        assert np.abs(a).max() <= ACCELERATION + 1e-6
+        assert np.abs(v).max() <= 3.0
+        assert np.abs(v[-2:]).max() == 0.0
+        assert np.isfinite(np.array(self.arm.sent)).all()
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def make_rig():
+    rigs = []
+
+    def make(**kwargs):
+        rigs.append(Rig(**kwargs))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+def test_begin_holds_the_measured_pose_until_asked_to_run(rig):
+    rig.plan(1.0)
+    rig.ticks(20, every=5)
+    assert rig.loop.mode is Mode.ENABLED
+    np.testing.assert_array_equal(np.array(rig.arm.sent), np.tile(rig.start, (20, 1)))
+
+
+def test_plan_from_before_enabling_is_not_executed(rig):
+    rig.plan(0.5, age_ns=100 * MS)
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(20)
+    assert rig.loop.mode is Mode.ENABLED
+
+
+def test_approach_far_plan_is_slow_until_near(rig):
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(10)
+    away = np.append(np.full(6, 0.3), 0.03)
+    actions = np.tile(rig.start + away, (rig.spec.n_rows, 1))
+    for i in range(400):
+        if i % 10 == 0:
+            rig.writer.publish_chunk(
+                Chunk(
+                    actions=actions,
+                    t_observed_ns=rig.clock.now_ns(),
+                    period_ns=rig.spec.period_ns,
+                    chunk_idx=i,
+                )
+            )
+        rig.ticks(1)
+        if rig.loop.mode is Mode.RUN:
+            break
+    assert rig.loop.mode is Mode.RUN
+    speed = np.abs(rig.velocity())
+    assert speed[:, :6].max() <= 0.3 + 1e-9
+    assert speed[:, 6].max() <= 0.05 + 1e-9
+    assert np.abs(rig.arm.position[:6] - actions[0, :6]).max() < np.deg2rad(2.0) + 0.3 * 0.005
+
+
+def test_stop_decelerates_and_ends(rig):
+    rig.run()
+    assert np.abs(rig.velocity()[-1]).max() > 0.1
+    rig.words[Word.REQUEST] = Request.STOP
+    rig.ticks(400, every=10)
+    assert not rig.running
+    rig.check_decelerated_and_holding()
+
+
+def test_stop_now_brakes_as_hard_as_allowed(rig):
+    rig.run()
+    v = rig.velocity()[-1].max()
+    n = len(rig.arm.sent)
+    rig.words[Word.REQUEST] = Request.STOP_NOW
+    rig.ticks(400)
+    assert not rig.running
+    rig.check_decelerated_and_holding()
+    moving = np.abs(rig.velocity()[n - 1 :]).max(axis=1) > 0
+    assert moving.sum() <= np.ceil(v / (ACCELERATION * TICK_NS / 1e9))
+
+
+def test_one_not_finite_chunk_keeps_the_plan_three_hold(rig):
+    rig.run()
+    for n in (1, 2):
+        rig.plan(bad=np.nan)
+        rig.ticks(3)
+        assert rig.loop.mode is Mode.RUN
+        assert rig.words[Word.MOTOR_N_NOT_FINITE] == n
+    rig.plan(bad=np.inf)
+    rig.ticks(2)
+    assert rig.loop.mode is Mode.HOLD
+    assert rig.loop.hold_reason is HoldReason.NOT_FINITE
+    rig.ticks(100)
+    rig.check_decelerated_and_holding()
+    assert any(
+        "3 plans in a row were refused" in text and "not finite" in text
+        for text in rig.said(EventKind.WARNING)
+    )
+    # It does not go on by itself, even when the plans are fine again.
+    rig.ticks(50, every=5)
+    assert rig.loop.mode is Mode.HOLD
+
+
+def test_not_finite_chunks_with_good_ones_between_go_on(rig):
+    rig.run()
+    for _ in range(4):
+        rig.plan(bad=np.nan)
+        rig.ticks(3)
+        rig.plan()
+        rig.ticks(3)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_used_up_plan_holds_and_a_fresh_one_resumes_by_approach(rig):
+    rig.run()
+    rig.ticks(600)
+    assert rig.loop.mode is Mode.HOLD
+    assert rig.loop.hold_reason is HoldReason.STALE_CHUNK
+    rig.check_decelerated_and_holding()
+    modes = []
+    for i in range(100):
+        if i % 10 == 0:
+            rig.plan(0.0, offset=0.06 if i == 0 else 0.0)
+        rig.ticks(1)
+        modes.append(rig.loop.mode)
+    assert Mode.APPROACH in modes
+    assert modes[-1] is Mode.RUN
+    assert rig.words[Word.MOTOR_N_HOLDS] == 1
+
+
+def test_camera_stall_holds_and_its_end_resumes(rig):
+    rig.run()
+    rig.words[Word.POLICY_CAMERA_STALL] = 1
+    rig.ticks(100)
+    assert rig.loop.hold_reason is HoldReason.CAMERA_STALL
+    rig.check_decelerated_and_holding()
+    rig.plan(0.0)
+    rig.ticks(20)
+    assert rig.loop.mode is Mode.HOLD
+    rig.words[Word.POLICY_CAMERA_STALL] = 0
+    rig.plan(0.0)
+    rig.ticks(20)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_old_feedback_warns_then_holds_then_faults(rig):
+    rig.run()
+    rig.arm.feedback_age_ns = 30 * MS
+    rig.ticks(3)
+    assert rig.loop.mode is Mode.RUN
+    assert any("no joint feedback" in t for t in rig.said(EventKind.WARNING))
+    rig.arm.feedback_age_ns = 101 * MS
+    rig.ticks(1)
+    assert rig.loop.hold_reason is HoldReason.FEEDBACK
+    rig.ticks(100)
+    rig.check_decelerated_and_holding()
+    rig.arm.feedback_age_ns = 501 * MS
+    rig.ticks(1)
+    assert rig.loop.mode is Mode.FAULT
+
+
+def test_arm_that_does_not_follow_holds_after_its_time(rig):
+    rig.run()
+    rig.arm.follows = False
+    rig.arm.position = rig.arm.position - np.deg2rad(11.0)
+    t_ns = rig.clock.now_ns()
+    while rig.loop.mode is Mode.RUN:
+        rig.ticks(1)
+        assert rig.clock.now_ns() - t_ns < 400 * MS
+    assert rig.clock.now_ns() - t_ns >= 200 * MS
+    assert rig.loop.hold_reason is HoldReason.TRACKING
+    assert any("does not follow" in t for t in rig.said())
+
+
+def test_gripper_that_is_stopped_by_an_object_goes_on(rig):
+    rig.run()
+    rig.arm.follows = False
+    for _ in range(80):
+        rig.arm.position = np.append(rig.arm.sent[-1][:6], rig.start[6] + 0.5)
+        rig.ticks(1)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_arm_fault_is_latched_brakes_and_leaves_the_line_alone(rig):
+    rig.run()
+    rig.arm.fault = "joint 3: driver over-temperature"
+    rig.ticks(100)
+    assert rig.loop.mode is Mode.FAULT
+    rig.check_decelerated_and_holding()
+    n = len(rig.arm.sent)
+    rig.arm.fault = None
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(50, every=5)
+    assert rig.loop.mode is Mode.FAULT
+    assert len(rig.arm.sent) == n
+    assert "joint 3: driver over-temperature" in rig.said(EventKind.ERROR)
+    rig.words[Word.REQUEST] = Request.STOP
+    rig.ticks(1)
+    assert not rig.running
+
+
+@pytest.mark.parametrize("what", ["failure", "send_failure"])
+def test_lost_connection_faults_with_the_drivers_words(rig, what):
+    rig.run()
+    setattr(rig.arm, what, DeviceError("bus can_left is off; check the cable"))
+    rig.ticks(5)
+    assert rig.loop.mode is Mode.FAULT
+    assert "bus can_left is off; check the cable" in rig.said(EventKind.ERROR)
+
+
+def test_dropped_commands_are_counted_and_five_in_a_row_fault(rig):
+    rig.run()
+    rig.arm.send_failure = DeviceTimeoutError("queue full")
+    rig.ticks(4)
+    assert rig.loop.mode is Mode.RUN
+    rig.arm.send_failure = None
+    rig.ticks(1)
+    rig.arm.send_failure = DeviceTimeoutError("queue full")
+    rig.ticks(4)
+    assert rig.loop.mode is Mode.RUN
+    assert rig.words[Word.MOTOR_N_SEND_DROPPED] == 8
+    rig.ticks(1)
+    assert rig.loop.mode is Mode.FAULT
+
+
+def test_not_finite_state_faults(rig):
+    rig.run()
+    rig.arm.follows = False
+    rig.arm.position = np.full(rig.D, np.nan)
+    rig.ticks(100)
+    assert rig.loop.mode is Mode.FAULT
+    rig.check_decelerated_and_holding()
+
+
+def test_absurd_plans_are_refused_and_three_in_a_row_hold(rig):
+    """Far beyond the limits is no wish to clamp; a seam would lead there all the same."""
+    rig.run()
+    n_before = rig.words[Word.MOTOR_N_REJECTED_CHUNKS]
+    for i in range(3):
+        assert rig.loop.mode is Mode.RUN
+        rig.plan(offset=50.0)
+        rig.ticks(2)
+        assert rig.words[Word.MOTOR_N_REJECTED_CHUNKS] == n_before + i + 1
+    assert rig.loop.hold_reason is HoldReason.REJECTED
+    rig.ticks(100)
+    rig.check_decelerated_and_holding()
+    assert any("far outside" in text for text in rig.said(EventKind.WARNING))
+
+
+def test_plan_a_little_outside_is_clamped_to_the_limit(make_rig):
+    rig = make_rig(start=1.97)
+    rig.run(0.03)
+    for _ in range(40):
+        rig.plan(0.03)
+        rig.ticks(10)
+    assert np.array(rig.arm.sent).max() == 2.0
+    assert rig.loop.mode is Mode.RUN
+    assert (rig.board.interventions[:, 0] > 0).all()
+
+
+def test_operator_holds_and_resumes(rig):
+    rig.run()
+    rig.words[Word.REQUEST] = Request.HOLD
+    rig.ticks(100, every=10)
+    assert rig.loop.hold_reason is HoldReason.OPERATOR
+    rig.check_decelerated_and_holding()
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(60, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_park_goes_there_slowly_and_ends(make_rig):
+    park = np.full(7, 0.1)
+    rig = make_rig(park=park)
+    rig.run()
+    n = len(rig.arm.sent)
+    rig.words[Word.REQUEST] = Request.PARK
+    rig.ticks(3000)
+    assert not rig.running
+    np.testing.assert_allclose(rig.arm.position, park, atol=1e-6)
+    rig.check_decelerated_and_holding()
+    assert np.abs(rig.velocity()[n + 20 :, :6]).max() <= 0.3 + 1e-9
+
+
+def test_park_without_a_pose_is_a_stop(rig):
+    rig.run()
+    rig.words[Word.REQUEST] = Request.PARK
+    rig.ticks(400)
+    assert not rig.running
+    rig.check_decelerated_and_holding()
+
+
+def test_guardian_that_took_over_silences_the_loop(rig):
+    rig.run()
+    n = len(rig.arm.sent)
+    rig.words[Word.GUARDIAN_TRIPPED_NS] = rig.clock.now_ns()
+    rig.ticks(5)
+    assert not rig.running
+    assert len(rig.arm.sent) == n
+    assert rig.loop.mode is Mode.FAULT
+
+
+def test_dry_run_sends_nothing_and_still_runs(make_rig):
+    rig = make_rig(dry_run=True)
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(10)
+    rig.ticks(60, every=10)
+    assert rig.loop.mode is Mode.RUN
+    rig.words[Word.REQUEST] = Request.STOP
+    rig.ticks(200)
+    assert not rig.running
+    assert rig.arm.sent == []
+
+
+def test_synchronous_plan_that_is_used_up_waits_without_holding(make_rig):
+    rig = make_rig(synchronous=True)
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(10)
+    rig.plan(0.1, age_ns=0)
+    rig.ticks(600)
+    assert rig.loop.mode is Mode.RUN
+    assert rig.words[Word.MOTOR_PLAN_ENDED] == 1
+    assert rig.words[Word.MOTOR_STANDING] == 1
+    rig.check_decelerated_and_holding()
+    # The next one took four seconds and starts when it arrives.
+    rig.plan(0.1, age_ns=0)
+    rig.ticks(1)
+    assert rig.words[Word.MOTOR_PLAN_ENDED] == 0
+    rig.ticks(600)
+    rig.check_decelerated_and_holding()
+
+
+def test_tick_log_keeps_what_happened(rig):
+    rig.run()
+    rig.clock.advance(3 * MS)
+    planned_ns = rig.clock.now_ns() - 3 * MS
+    rig.loop.tick(planned_ns)
+    last = rig.writer.ticks.drain()[-1]
+    assert last["t_woke_ns"] - last["t_planned_ns"] == 3 * MS
+    assert last["mode"] == Mode.RUN
+    assert last["chunk_idx"] == rig.n_chunks - 1
+    assert rig.words[Word.MOTOR_N_LATE] == 1
+    assert rig.board.lateness_us.sum() == rig.words[Word.MOTOR_N_TICKS]
