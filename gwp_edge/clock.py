@@ -32,7 +32,7 @@ def _load_clock_nanosleep() -> Callable[..., int] | None:
         ctypes.POINTER(_Timespec),
     )
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 class MonotonicClock:

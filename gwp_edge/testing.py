@@ -77,13 +77,26 @@ class FakeArm:
         self._limits = limits
         self._clock = clock
         self._is_open = self._enabled = False
-        self.position: FloatArray = (limits.position_min + limits.position_max) / 2.0
+        self._pose = [(limits.position_min + limits.position_max) / 2.0]
         self.sent: list[FloatArray] = []
         self.failure: Exception | None = None
         self.send_failure: Exception | None = None
         self.fault: str | None = None
         self.follows = True
         self.feedback_age_ns = 0
+
+    @property
+    def position(self) -> FloatArray:
+        """Where the arm is, (D,), rad and m."""
+        return self._pose[0]
+
+    @position.setter
+    def position(self, value: FloatArray) -> None:
+        self._pose[0] = value
+
+    def follow(self, other: FakeArm) -> None:
+        """Be another connection to the same robot."""
+        self._pose = other._pose
 
     @property
     def channels(self) -> tuple[Channel, ...]:

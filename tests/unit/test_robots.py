@@ -1,0 +1,118 @@
+"""Robot files: what fits, what does not, and what the message says."""
+
+import numpy as np
+import pytest
+
+from gwp_edge import robots
+from gwp_edge.errors import SpecError
+from gwp_edge.robots import ChannelLimits, create_arm, intersect_limits, load_robot
+from gwp_edge.testing import make_spec
+from gwp_edge.types import JointLimits
+
+FILE = """
+name = "mine"
+[arm]
+kind = "kinematic"
+guardian = false
+[arm.options]
+lag_s = 0.1
+[[cameras]]
+role = "cam_high"
+kind = "kinematic"
+[world]
+kind = "kinematic"
+[limits.left_joint_1]
+velocity_max = 0.5
+[park]
+left_joint_1 = 0.0
+"""
+
+
+def _write(tmp_path, text):
+    path = tmp_path / "robot.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_robot_file_is_read(tmp_path):
+    robot = load_robot(_write(tmp_path, FILE), make_spec())
+    assert robot.arm.options == {"lag_s": 0.1}
+    assert not robot.arm.guardian
+    assert robot.limits["left_joint_1"].velocity_max == 0.5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('kind = "kinematic"\nguardian', "guardian", "kind"),
+        ('name = "mine"', 'nom = "mine"', "nom"),
+        ("lag_s = 0.1", "lag_s = ", "robot.toml"),
+        ('role = "cam_high"', 'role = "cam_low"', "cam_high"),
+        ("limits.left_joint_1", "limits.left_joint_9", "left_joint_9"),
+        ("velocity_max = 0.5", 'velocity_max = "fast"', "velocity_max"),
+    ],
+)
+def test_robot_file_that_does_not_fit_names_what(tmp_path, old, new, words):
+    assert old in FILE
+    with pytest.raises(SpecError, match=words):
+        load_robot(_write(tmp_path, FILE.replace(old, new)), make_spec())
+
+
+def test_unknown_robot_names_the_known_ones_and_the_nearest():
+    with pytest.raises(SpecError, match="did you mean kinematic"):
+        load_robot("kinematik", make_spec())
+    with pytest.raises(SpecError, match="cannot read it"):
+        load_robot("/nowhere/robot.toml", make_spec())
+
+
+def test_built_in_robots_have_a_camera_for_every_role():
+    cameras = ("cam_high", "cam_left_wrist", "cam_right_wrist")
+    spec = make_spec(2, cameras=cameras)
+    for name in ("kinematic", "sim", "piper-dual"):
+        assert tuple(c.role for c in load_robot(name, spec).cameras) == cameras
+    with pytest.raises(SpecError, match="use --robot piper-dual"):
+        load_robot("piper", spec)
+    with pytest.raises(SpecError, match="use --robot piper "):
+        load_robot("piper-dual", make_spec(1))
+
+
+def test_unknown_kind_and_bad_option_are_refused(tmp_path):
+    spec = make_spec()
+    robot = load_robot(
+        _write(tmp_path, FILE.replace('[arm]\nkind = "kinematic"', '[arm]\nkind = "tank"')), spec
+    )
+    with pytest.raises(SpecError, match="arm kind 'tank' is not known; there are"):
+        create_arm(robot, spec, {})
+    robot = load_robot(_write(tmp_path, FILE.replace("lag_s", "lagg_s")), spec)
+    with pytest.raises(SpecError, match="lagg_s"):
+        create_arm(robot, spec, {"kinematic_segment": "x"})
+
+
+def test_every_registered_factory_exists_or_names_its_extra():
+    for registry in (robots.ARMS, robots.CAMERAS, robots.WORLDS):
+        for reference in registry.values():
+            module, _, function = reference.partition(":")
+            assert module.startswith("gwp_edge.drivers.")
+            assert function.startswith("create_")
+
+
+def test_limits_only_ever_tighten():
+    spec = make_spec()
+    D = spec.n_channels
+    own = JointLimits(
+        position_min=np.full(D, -1.0),
+        position_max=np.full(D, 1.0),
+        velocity_max=np.full(D, 2.0),
+        acceleration_max=np.full(D, 5.0),
+    )
+    overrides = {
+        "left_joint_1": ChannelLimits(position_min=-2.0, position_max=0.5, velocity_max=9.0),
+        "left_joint_2": ChannelLimits(velocity_max=0.1, acceleration_max=1.0),
+    }
+    tight = intersect_limits(own, overrides, spec.channels)
+    assert (tight.position_min[0], tight.position_max[0], tight.velocity_max[0]) == (-1, 0.5, 2)
+    assert (tight.velocity_max[1], tight.acceleration_max[1]) == (0.1, 1.0)
+    with pytest.raises(SpecError, match="elbow"):
+        intersect_limits(own, {"elbow": ChannelLimits()}, spec.channels)
+    with pytest.raises(SpecError, match="below position_max"):
+        intersect_limits(own, {"left_joint_1": ChannelLimits(position_min=3.0)}, spec.channels)
