@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_CODER_NARROW = 128
-_CODER_WIDE = 256
 _PATCH_ELEMENTS = 4
 
 
@@ -43,16 +41,16 @@ def expected_tensors(sizes: NetworkSizes) -> dict[str, Shape]:
         "scale_shift_table": (1, 2, D),
         **_linear("proj_out", _PATCH_ELEMENTS * s.latent_channels, D),
         **_condition("condition_embedder", D, s),
-        **_encoder("action_encoder", A, E, s.n_embodiments),
-        **_linear("action_decoder.in_proj", _CODER_WIDE, E),
-        **_linear("action_decoder.mid_proj", _CODER_NARROW, _CODER_WIDE),
-        "action_decoder.out_proj.weight": (s.n_embodiments, _CODER_NARROW, A),
+        **_encoder("action_encoder", A, E, s),
+        **_linear("action_decoder.in_proj", s.decoder_dims[0], E),
+        **_linear("action_decoder.mid_proj", s.decoder_dims[1], s.decoder_dims[0]),
+        "action_decoder.out_proj.weight": (s.n_embodiments, s.decoder_dims[1], A),
         "action_decoder.out_proj.bias": (s.n_embodiments, A),
     }
     if s.family == "gwp-0.5":
         shapes["action_scale_shift_table"] = (1, 2, E)
         shapes |= _condition("action_condition_embedder", E, s)
-        shapes |= _encoder("state_encoder", A, E, s.n_embodiments)
+        shapes |= _encoder("state_encoder", A, E, s)
     for i in range(s.n_layers):
         if s.family == "gwp-0.5":
             shapes |= _block(f"blocks.{i}.visual_expert", D, D, s.visual_ffn_dim)
@@ -120,12 +118,13 @@ def _linear(name: str, n_out: int, n_in: int) -> dict[str, Shape]:
     return {f"{name}.weight": (n_out, n_in), f"{name}.bias": (n_out,)}
 
 
-def _encoder(name: str, n_in: int, n_out: int, n_embodiments: int) -> dict[str, Shape]:
+def _encoder(name: str, n_in: int, n_out: int, s: NetworkSizes) -> dict[str, Shape]:
+    first, second = s.encoder_dims
     return {
-        f"{name}.in_proj.weight": (n_embodiments, n_in, _CODER_NARROW),
-        f"{name}.in_proj.bias": (n_embodiments, _CODER_NARROW),
-        **_linear(f"{name}.mid_proj", _CODER_WIDE, _CODER_NARROW),
-        **_linear(f"{name}.out_proj", n_out, _CODER_WIDE),
+        f"{name}.in_proj.weight": (s.n_embodiments, n_in, first),
+        f"{name}.in_proj.bias": (s.n_embodiments, first),
+        **_linear(f"{name}.mid_proj", second, first),
+        **_linear(f"{name}.out_proj", n_out, second),
     }
 
 

@@ -51,9 +51,6 @@ _TENSORS_WIN = frozenset({"in_action_channels", "out_action_channels"})
 class NetworkSizes:
     """Sizes of a trained network.
 
-    The hidden widths of the state and action encoders and of the decoder are 128 and 256 in every
-    release, so they are not sizes.
-
     Attributes:
         family: which architecture.
         n_layers: transformer blocks.
@@ -69,6 +66,8 @@ class NetworkSizes:
         text_dim: width of a prompt row.
         n_embodiments: per-embodiment projections.
         eps: epsilon of every norm.
+        encoder_dims: hidden widths of the state and action encoders.
+        decoder_dims: hidden widths of the action decoder.
     """
 
     family: Family
@@ -85,11 +84,14 @@ class NetworkSizes:
     text_dim: int
     n_embodiments: int
     eps: float = 1e-6
+    encoder_dims: tuple[int, int] = (128, 256)
+    decoder_dims: tuple[int, int] = (256, 128)
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "family" and not (math.isfinite(value) and value > 0):
+            values = value if isinstance(value, tuple) else (value,)
+            if field.name != "family" and not all(math.isfinite(v) and v > 0 for v in values):
                 raise SpecError(f"{field.name} must be positive, got {value}")
         if self.n_heads * self.head_dim != self.visual_dim:
             raise SpecError(
@@ -196,6 +198,14 @@ def _from_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
         "n_embodiments": dim("action_encoder.in_proj.weight", 0, 3),
         "freq_dim": dim(f"{stream}.time_embedder.linear_1.weight", 1, 2),
         "text_dim": dim(f"{stream}.text_embedder.linear_1.weight", 1, 2),
+        "encoder_dims": (
+            dim("action_encoder.in_proj.weight", 2, 3),
+            dim("action_encoder.mid_proj.weight", 0, 2),
+        ),
+        "decoder_dims": (
+            dim("action_decoder.in_proj.weight", 0, 2),
+            dim("action_decoder.mid_proj.weight", 0, 2),
+        ),
     }
 
 
