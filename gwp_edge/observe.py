@@ -11,6 +11,7 @@ import numpy as np
 from gwp_edge.errors import SpecError, StaleError
 from gwp_edge.mailbox import Board
 from gwp_edge.protocols import Camera
+from gwp_edge.robots import ObservationConfig
 from gwp_edge.types import FloatArray, Frame, Observation
 
 _N_HISTORY: Final = 512
@@ -36,6 +37,16 @@ class ObservationLimits:
         for name in ("frame_age_ns", "frame_skew_ns", "state_age_ns", "stall_ns"):
             if getattr(self, name) <= 0:
                 raise SpecError(f"{name}: expected a positive time, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, config: ObservationConfig) -> ObservationLimits:
+        """Return the limits of a robot file."""
+        return cls(
+            frame_age_ns=round(config.frame_age_ms * 1e6),
+            frame_skew_ns=round(config.frame_skew_ms * 1e6),
+            state_age_ns=round(config.state_age_ms * 1e6),
+            stall_ns=round(config.stall_ms * 1e6),
+        )
 
 
 class StateHistory:

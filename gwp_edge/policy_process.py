@@ -51,7 +51,7 @@ class PolicyOptions:
         latency_margin_ns: added to the p95 latency when rows are frozen.
         replan_hz: chunks per second at most; None for as many as possible.
         synchronous: plan only while the arm stands at the end of the last plan.
-        limits: when an observation is too old.
+        limits: when an observation is too old; None takes the robot's.
     """
 
     factory: str
@@ -60,7 +60,7 @@ class PolicyOptions:
     latency_margin_ns: int = 10_000_000
     replan_hz: float | None = None
     synchronous: bool = False
-    limits: ObservationLimits = field(default_factory=ObservationLimits)
+    limits: ObservationLimits | None = None
 
     def __post_init__(self) -> None:
         if self.replan_hz is not None and not 0 < self.replan_hz <= 1000:
@@ -142,7 +142,8 @@ class _Runner:
         self._supervisor_pid = setup.supervisor_pid
         self._clock = MonotonicClock()
         states = StateHistory(board)
-        self._observer = Observer(cameras, states, options.limits)
+        self._limits = options.limits or ObservationLimits.of(setup.robot.observation)
+        self._observer = Observer(cameras, states, self._limits)
         self._say = board.events["policy"].say
         self._previous: Chunk | None = None
         self._latencies_ns: deque[int] = deque(maxlen=20)
@@ -183,7 +184,7 @@ class _Runner:
 
     def _observe(self, now_ns: int) -> Observation | None:
         """Return an observation, or None after noting why there is none."""
-        limits = self._options.limits
+        limits = self._limits
         try:
             observation = self._observer.observe(now_ns)
         except StaleError as e:
@@ -260,7 +261,7 @@ class _Runner:
         observation = self._await_observation()
         if observation is None:
             return False
-        self._check(check_cameras(observation, self._clock.now_ns(), self._options.limits))
+        self._check(check_cameras(observation, self._clock.now_ns(), self._limits))
         self._check(check_statistics(self._spec, observation.state))
         chunk: Chunk | None = None
         latency_ns = 0

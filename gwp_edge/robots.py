@@ -70,6 +70,27 @@ class ChannelLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     acceleration_max: float | None = None
 
 
+class ObservationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When what the cameras show is too old; see ``observe.ObservationLimits``."""
+
+    frame_age_ms: float = 100.0
+    frame_skew_ms: float = 50.0
+    state_age_ms: float = 100.0
+    stall_ms: float = 500.0
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if not 0.0 < value < 1e6:
+                raise ValueError(f"{name}: expected a positive time, got {value}")
+
+
+# Software rendering on a busy machine is slow, and nobody stands next to a simulated arm.
+_SIMULATED: Final = ObservationConfig(
+    frame_age_ms=500.0, frame_skew_ms=500.0, state_age_ms=500.0, stall_ms=2000.0
+)
+
+
 class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A robot file.
 
@@ -79,6 +100,7 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         cameras: one for each camera role of the policy.
         world: what simulated devices share.
         limits: by channel name; only ever tighten the arm's own.
+        observation: when frames and state are too old to act on.
         park: pose to park in by channel name, rad and m; without, parking is holding.
     """
 
@@ -87,6 +109,7 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cameras: tuple[CameraConfig, ...] = ()
     world: DeviceConfig | None = None
     limits: dict[str, ChannelLimits] = msgspec.field(default_factory=dict)
+    observation: ObservationConfig = msgspec.field(default_factory=ObservationConfig)
     park: dict[str, float] = msgspec.field(default_factory=dict)
 
 
@@ -137,6 +160,7 @@ def built_in_robot(name: str, spec: PolicySpec) -> RobotConfig:
             arm=ArmConfig(kind=name),
             cameras=tuple(CameraConfig(role=r, kind=name) for r in spec.cameras),
             world=DeviceConfig(kind=name),
+            observation=_SIMULATED,
         )
     n_arms = 2 if name == "piper-dual" else 1
     if spec.n_channels != 7 * n_arms:
