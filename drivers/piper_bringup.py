@@ -176,6 +176,22 @@ def check_ready(feedback: PiperFeedback) -> None:
         raise DeviceError(f"{feedback.name}: the arm is in {words}")
 
 
+def check_alone(port: Port) -> None:
+    """Check that nobody else commands the arm.
+
+    A last frame of a program that has just ended may still have been under way, so one sighting
+    makes this listen a while longer.
+
+    Raises:
+        DeviceError: someone goes on commanding it.
+    """
+    feedback = port.feedback
+    if feedback.foreign_command:
+        feedback.foreign_command = False
+        port.wait(SILENCE_NS, lambda: feedback.foreign_command)
+    check_ready(feedback)
+
+
 def enable(port: Port, *, speed_percent: int, gripper_effort_mnm: int) -> None:
     """Power the motors so that the arm holds the pose that it has.
 

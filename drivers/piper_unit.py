@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from gwp_edge.drivers import piper_codec as codec
-from gwp_edge.drivers.piper_bringup import Port, bus_off_error, check_ready, connect, enable
+from gwp_edge.drivers.piper_bringup import Port, bus_off_error, check_alone, connect, enable
 from gwp_edge.drivers.piper_can import CanBusyError
 from gwp_edge.drivers.piper_feedback import (
     ALL_ENABLED,
@@ -92,12 +92,12 @@ class PiperUnit:
         self._compares_motors = policy != "off" and self._motors_agree()
 
     def check_ready(self) -> None:
-        """Check that mode and status allow powering the motors.
+        """Check that mode and status allow powering the motors, and that nobody else drives.
 
         Raises:
             DeviceError: a person must act first; says how.
         """
-        check_ready(self.feedback)
+        check_alone(self._port())
 
     def enable(self) -> None:
         """Power the motors; the arm holds its measured pose.

@@ -6,14 +6,17 @@ import uuid
 
 import numpy as np
 import pytest
+from arm_suite import ArmContract
 
 can = pytest.importorskip("can")
 pytest.importorskip("piper_sdk")
 
+from gwp_edge.clock import MonotonicClock  # noqa: E402
 from gwp_edge.drivers import piper_codec as codec  # noqa: E402
 from gwp_edge.drivers.piper import PiperArm  # noqa: E402
 from gwp_edge.drivers.piper_fake import FakePiper  # noqa: E402
-from gwp_edge.drivers.piper_fake_bus import FakeProcess, VirtualFake  # noqa: E402
+from gwp_edge.drivers.piper_fake_bus import FakeProcess, MemoryWire, VirtualFake  # noqa: E402
+from gwp_edge.drivers.piper_link import CodecLink  # noqa: E402
 from gwp_edge.drivers.piper_options import parse_options  # noqa: E402
 from gwp_edge.errors import DeviceError, DeviceTimeoutError  # noqa: E402
 from gwp_edge.spec import Channel  # noqa: E402
@@ -22,26 +25,28 @@ from gwp_edge.spec import Channel  # noqa: E402
 PATIENCE_S = 20.0
 
 
-def make_arm(n_arms=1, **options):
+class PatientArm(PiperArm):
+    """Opens again where a busy machine starved the fake arm's thread or process."""
+
+    def open(self, *, enable):
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                super().open(enable=enable)
+            except DeviceTimeoutError:
+                if time.monotonic() > deadline_s:
+                    raise
+            else:
+                return
+
+
+def make_arm(n_arms=1, *, clock=None, open_link=None, **options):
     names = [f"{side}_{i}" for side in ("left", "right")[:n_arms] for i in range(7)]
     channels = [
         Channel(name=name, unit="m" if name.endswith("6") else "rad", kind="absolute")
         for name in names
     ]
-    return PiperArm(channels, parse_options(options))
-
-
-def open_arm(arm, *, enable):
-    """Open ``arm``; again where a busy machine starved the fake arm's thread."""
-    deadline_s = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            arm.open(enable=enable)
-        except DeviceTimeoutError:
-            if time.monotonic() > deadline_s:
-                raise
-        else:
-            return
+    return PatientArm(channels, parse_options(options), clock=clock, open_link=open_link)
 
 
 def slow_fake(**settings):
@@ -78,7 +83,7 @@ def test_virtual_bus_driver_enables_moves_and_leaves_it_holding(channel, driver)
     threads = threading.active_count()
     with VirtualFake(channel, slow_fake()) as bus:
         arm = make_arm(can=f"virtual:{channel}", driver=driver)
-        open_arm(arm, enable=True)
+        arm.open(enable=True)
         state = arm.state()
         assert state.enabled
         target = state.position.copy()
@@ -101,7 +106,7 @@ def test_virtual_bus_driver_reads_the_same_state(channel, driver):
     fake.enabled = [True] * 6
     with VirtualFake(channel, fake):
         arm = make_arm(can=f"virtual:{channel}", driver=driver)
-        open_arm(arm, enable=False)
+        arm.open(enable=False)
         state = arm.state()
         arm.close()
     assert state.position == pytest.approx([*np.radians(np.array(pose) / 1000), 0.033333])
@@ -113,7 +118,7 @@ def test_virtual_bus_driver_reads_the_same_state(channel, driver):
 def test_virtual_bus_teach_button_latches_with_the_sdk_driver_too(channel):
     with VirtualFake(channel, slow_fake()) as bus:
         arm = make_arm(can=f"virtual:{channel}", driver="piper-sdk")
-        open_arm(arm, enable=True)
+        arm.open(enable=True)
         pose = arm.state().position
         bus.fake.press_teach()
         wait_for(lambda: arm.state().fault is not None)
@@ -127,7 +132,7 @@ def test_virtual_bus_error_frame_reaches_both_drivers(channel):
     with VirtualFake(channel, slow_fake()) as bus:
         for driver in ("native", "piper-sdk"):
             arm = make_arm(can=f"virtual:{channel}", driver=driver)
-            open_arm(arm, enable=False)
+            arm.open(enable=False)
             bus.fake.bus_off()
 
             def bus_is_off(arm=arm):
@@ -144,7 +149,7 @@ def test_virtual_bus_error_frame_reaches_both_drivers(channel):
 def test_sdk_driver_frame_that_is_not_sent_is_an_error(channel):
     with VirtualFake(channel, slow_fake()):
         arm = make_arm(can=f"virtual:{channel}", driver="piper-sdk")
-        open_arm(arm, enable=True)
+        arm.open(enable=True)
         pose = arm.state().position
         link = arm.units[0]._link
         link._port.send_bus.shutdown()
@@ -154,6 +159,40 @@ def test_sdk_driver_frame_that_is_not_sent_is_an_error(channel):
         with pytest.raises(DeviceError, match="5 times in a row"):
             arm.send(pose)
         arm.close()
+
+
+# --- the common contract ---
+
+
+class TestPiperInMemory(ArmContract):
+    @pytest.fixture
+    def new_arm(self):
+        clock = MonotonicClock()
+        wires = {name: MemoryWire(FakePiper(), clock) for name in ("a", "b")}
+        return lambda: make_arm(
+            2,
+            clock=clock,
+            open_link=lambda name: CodecLink(wires[name].end(name)),
+            left="a",
+            right="b",
+        )
+
+
+class TestPiperInOtherProcesses(ArmContract):
+    @pytest.fixture
+    def new_arm(self, processes):
+        left, right = processes
+        return lambda: make_arm(2, left=left.channel, right=right.channel)
+
+
+class TestPiperOnVirtualBus(ArmContract):
+    @pytest.fixture(params=["native", "piper-sdk"])
+    def new_arm(self, channel, request):
+        # Two SDK interfaces cannot share a channel in one process: it keeps one per name. The
+        # reading connection is then ours, as the guardian's is.
+        drivers = iter([request.param])
+        with VirtualFake(channel, slow_fake()):
+            yield lambda: make_arm(can=f"virtual:{channel}", driver=next(drivers, "native"))
 
 
 # --- the vendor's SDK, with its threads, as a program of its own ---
@@ -219,7 +258,7 @@ def test_vendor_sdk_sees_our_driver_move_the_arm(channel, sdk):
     with VirtualFake(channel, slow_fake()):
         sdk.ConnectPort(piper_init=False)
         arm = make_arm(can=f"virtual:{channel}")
-        open_arm(arm, enable=True)
+        arm.open(enable=True)
         target = arm.state().position.copy()
         target[0], target[6] = 0.25, 0.04
         drive_to(arm, target)
@@ -251,13 +290,13 @@ def test_two_arms_in_other_processes_move_and_are_held_by_a_second_program(proce
     left, right = processes
     reach = {"left": left.channel, "right": right.channel}
     arm, guardian = make_arm(2, **reach), make_arm(2, **reach)
-    open_arm(arm, enable=True)
+    arm.open(enable=True)
     target = arm.state().position.copy()
     target[0] += 0.2
     target[7] -= 0.2
     drive_to(arm, target)
     wait_for(lambda: arm.state().fault is None)
-    open_arm(guardian, enable=False)
+    guardian.open(enable=False)
     target[0] += 1.0
     for _ in range(60):
         arm.send(target)
@@ -278,7 +317,7 @@ def test_two_arms_in_other_processes_move_and_are_held_by_a_second_program(proce
 def test_arm_in_another_process_that_stops_reading_fills_the_queue(processes):
     left, _ = processes
     arm = make_arm(can=left.channel)
-    open_arm(arm, enable=True)
+    arm.open(enable=True)
     pose = arm.state().position
     left.set_deaf(deaf=True)
     try:
@@ -299,7 +338,7 @@ def test_arm_in_another_process_that_stops_reading_fills_the_queue(processes):
 def test_arm_in_another_process_that_falls_silent_and_returns(processes):
     left, _ = processes
     arm = make_arm(can=left.channel)
-    open_arm(arm, enable=False)
+    arm.open(enable=False)
     left.set_faults(silent=True)
     try:
         wait_for(lambda: arm.state().fault is not None)
@@ -313,7 +352,7 @@ def test_arm_in_another_process_that_falls_silent_and_returns(processes):
 def test_process_that_ends_closes_the_bus(tmp_path):
     with FakeProcess(str(tmp_path / "bus")) as fake:
         arm = make_arm(can=fake.channel)
-        open_arm(arm, enable=True)
+        arm.open(enable=True)
         pose = arm.state().position
     with pytest.raises(DeviceError, match=r"closed by the other side|failed"):
         arm.state()

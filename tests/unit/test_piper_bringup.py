@@ -264,6 +264,13 @@ def test_open_someone_else_commands_the_arm_is_refused():
     assert "another program or a leader arm sends joint commands" in refusal(rig)
 
 
+def test_open_last_frame_of_a_program_that_has_ended_is_no_reason_to_refuse():
+    rig = Rig()
+    rig.inject(*codec.encode_joints([0] * 6)[0])
+    rig.arm.open(enable=True)
+    assert rig.watch().fault is None
+
+
 def test_open_to_read_next_to_a_running_program_works():
     rig = Rig()
     rig.inject(*codec.encode_joints([0] * 6)[0])
