@@ -87,10 +87,11 @@ def load_vae(folder: Path) -> WanVae:
         SpecError: there is no such folder, or its tensors do not fit its config.json.
     """
     with open_module(folder) as module:
-        vae = make_vae(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        with torch.device("meta"):
+            vae = make_vae(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = {name: module.load(name).float() for name in module.names()}
     try:
-        vae.load_state_dict(tensors, strict=True)
+        vae.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as e:
         raise SpecError(f"{folder}: {' '.join(str(e).split())}") from e
     return WanVae(vae)
