@@ -12,10 +12,10 @@ import logging
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
+from gwp_edge.drivers.can_interface import bring_up_commands, check_interface
 from gwp_edge.drivers.piper_codec import Frame
 from gwp_edge.drivers.piper_feedback import (
     CAN_ERR_FLAG,
@@ -55,8 +55,6 @@ _ERROR_MASK = (
 _MAX_DRAIN = 512
 _MAX_CALLS = 8
 _CALL_FRAMES = 64
-_IFF_UP = 1
-_ARPHRD_CAN = 280
 
 
 class CanBusyError(DeviceError):
@@ -129,41 +127,9 @@ def _gone(name: str, e: OSError) -> DeviceError:
     if e.errno in (errno.ENETDOWN, errno.ENODEV, errno.ENXIO):
         return DeviceError(
             f"CAN interface {name} went down ({reason}): check the adapter's plug, then "
-            f"{_bring_up_commands(name)}"
+            f"{bring_up_commands(name)}"
         )
     return DeviceError(f"CAN channel {name} failed: {e.strerror or e} ({reason})")
-
-
-def _bring_up_commands(name: str) -> str:
-    return (
-        f"ip link set {name} down; "
-        f"ip link set {name} type can bitrate 1000000 restart-ms 100 berr-reporting on; "
-        f"ip link set {name} txqueuelen 64; ip link set {name} up"
-    )
-
-
-def check_interface(name: str, *, sysfs: Path = Path("/sys/class/net")) -> None:
-    """Check that the network interface ``name`` is there, is CAN, and is up.
-
-    Raises:
-        DeviceError: it is not; names the command that helps.
-    """
-    folder = sysfs / name
-    if not folder.is_dir():
-        present = sorted(p.name for p in sysfs.glob("*can*")) if sysfs.is_dir() else []
-        raise DeviceError(
-            f"CAN interface {name} is missing (there: {', '.join(present) or 'none'}): plug its "
-            "adapter in, load its driver (gs_usb for most), and name it by USB path with udev"
-        )
-    try:
-        kind = int((folder / "type").read_text())
-        flags = int((folder / "flags").read_text(), 0)
-    except (OSError, ValueError) as e:
-        raise DeviceError(f"CAN interface {name}: cannot read {folder}: {e}") from e
-    if kind != _ARPHRD_CAN:
-        raise DeviceError(f"interface {name} is not CAN (type {kind}, expected {_ARPHRD_CAN})")
-    if not flags & _IFF_UP:
-        raise DeviceError(f"CAN interface {name} is down: {_bring_up_commands(name)}")
 
 
 class SocketCan:

@@ -13,7 +13,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from gwp_edge.drivers import piper_codec as codec
-from gwp_edge.drivers.piper_can import CanBusyError, RealtimeOffset, check_interface
+from gwp_edge.drivers.can_interface import check_interface
+from gwp_edge.drivers.piper_can import CanBusyError, RealtimeOffset
 from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, PiperFeedback
 from gwp_edge.drivers.piper_link import RECEIVED_IDS, Command
 from gwp_edge.errors import DeviceError

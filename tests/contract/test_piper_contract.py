@@ -364,3 +364,13 @@ def test_process_that_ends_closes_the_bus(tmp_path):
 def test_nobody_listens_says_so(tmp_path):
     with pytest.raises(DeviceError, match="nothing listens there"):
         make_arm(can=f"unix:{tmp_path}/none").open(enable=False)
+
+
+def test_driver_benchmark_measures_every_tick():
+    from gwp_edge.drivers.piper_bench import measure_driver_cost
+
+    cost = measure_driver_cost(n_ticks=20, n_warm_up=5, n_holds=3)
+    assert cost.n_ticks == 20
+    assert cost.n_frames > 0
+    for values in (cost.tick_us, cost.cpu_us, cost.state_us, cost.hold_us):
+        assert 0 < values[0] <= values[1] <= values[2] <= values[3]

@@ -1,6 +1,7 @@
 """The CAN transports: what can be checked of SocketCAN without a CAN kernel, and with one."""
 
 import errno
+import json
 import socket
 import struct
 import subprocess
@@ -10,6 +11,7 @@ import uuid
 import pytest
 
 from gwp_edge.drivers import piper_can, piper_codec
+from gwp_edge.drivers.can_interface import ask_ip, check_interface, parse_link
 from gwp_edge.drivers.piper_can import (
     AF_CAN,
     CAN_FRAME,
@@ -22,7 +24,6 @@ from gwp_edge.drivers.piper_can import (
     RealtimeOffset,
     SocketCan,
     UnixCan,
-    check_interface,
     open_transport,
     pack_filters,
 )
@@ -255,8 +256,30 @@ def sysfs(tmp_path, kind="280", flags="0x40041"):
     return tmp_path
 
 
-def test_check_interface_up_passes(tmp_path):
-    check_interface("can_left", sysfs=sysfs(tmp_path))
+def ip_says(bitrate=1_000_000, state="ERROR-ACTIVE"):
+    """Return the shape of ``ip -json -details link show`` of iproute2 for a CAN device."""
+    data = {"state": state, "restart_ms": 100, "bittiming": {"bitrate": bitrate, "tq": 62}}
+    link = {"ifname": "can_left", "linkinfo": {"info_kind": "can", "info_data": data}}
+    return lambda _name: json.dumps([link]).encode()
+
+
+@pytest.mark.parametrize("answer", [ip_says()("x"), b"", b"[]", b"[{}]", b"not json"])
+def test_check_interface_up_passes(tmp_path, answer):
+    check_interface("can_left", sysfs=sysfs(tmp_path), ask=lambda _name: answer)
+
+
+def test_check_interface_wrong_bitrate_names_both_and_the_commands(tmp_path):
+    with pytest.raises(DeviceError, match="runs at 500000 bit/s, a PiPER at 1000000: ip link"):
+        check_interface("can_left", sysfs=sysfs(tmp_path), ask=ip_says(500_000))
+
+
+def test_check_interface_bus_off_is_refused(tmp_path):
+    with pytest.raises(DeviceError, match="can_left is bus-off: check cable and termination"):
+        check_interface("can_left", sysfs=sysfs(tmp_path), ask=ip_says(state="BUS-OFF"))
+
+
+def test_parse_link_of_the_real_ip_finds_no_bitrate_on_a_device_without_one():
+    assert parse_link(ask_ip("lo")) == (None, None)
 
 
 def test_check_interface_down_names_the_commands(tmp_path):
