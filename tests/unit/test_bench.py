@@ -1,0 +1,380 @@
+"""Bench arithmetic: costs, floors, percentiles and budgets, with a fake engine and clock."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from gwp_edge import machine_limits
+from gwp_edge.bench import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    BenchReport,
+    Cost,
+    EagerReport,
+    EngineTimes,
+    Times,
+    judge,
+    judge_engine,
+    random_input,
+    run_chunk,
+    stage_costs,
+    time_engine,
+)
+from gwp_edge.budgets import check_budgets, read_budgets
+from gwp_edge.bundle import (
+    FileEntry,
+    Golden,
+    GraphSet,
+    Layer,
+    Manifest,
+    MeasuredError,
+    Precision,
+    Provenance,
+)
+from gwp_edge.errors import SpecError
+from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
+from gwp_edge.sampler import make_schedule
+from gwp_edge.spec import CameraView, CanvasSpec, Channel, NetworkSpec, PolicySpec, Statistics
+
+BUDGETS = Path(__file__).parents[1] / "budgets.toml"
+LIMITS = Limits(threads=2, gemm=(GemmRate(shape=(8, 8, 8), gflop_s=100.0),), stream_gb_s=10.0)
+
+
+def _spec(n_steps=3):
+    return PolicySpec(
+        network=NetworkSpec(
+            family="gwp-0.5",
+            n_layers=2,
+            n_heads=3,
+            head_dim=8,
+            visual_dim=24,
+            action_dim=16,
+            visual_ffn_dim=32,
+            action_ffn_dim=32,
+            n_action_channels=5,
+            n_text_rows=12,
+            latent_channels=4,
+            freq_dim=8,
+            text_dim=8,
+            eps=1e-6,
+        ),
+        sampler=make_schedule(n_steps),
+        canvas=CanvasSpec(
+            width_px=64,
+            height_px=32,
+            views=(CameraView(camera="c", x_px=0, y_px=0, width_px=64, height_px=32),),
+        ),
+        channels=tuple(Channel(name=f"j{i}", unit="rad", kind="delta") for i in range(3)),
+        statistics=Statistics(
+            state_q01=(-1.0,) * 3,
+            state_q99=(1.0,) * 3,
+            action_q01=(-1.0,) * 3,
+            action_q99=(1.0,) * 3,
+        ),
+        n_rows=6,
+        period_ns=33_333_333,
+        tasks=("task",),
+        embodiment=0,
+    )
+
+
+def _layer(stage, name, flops, weight_bytes):
+    return Layer(
+        stage=stage, name=name, format="fp32", reason="test", flops=flops, weight_bytes=weight_bytes
+    )
+
+
+def _manifest(cache="fp32"):
+    layers = (
+        _layer("vision", "a", 1000, 40),
+        _layer("vision", "b", 500, 60),
+        _layer("prefill", "c", 300, 70),
+        _layer("denoise", "d", 200, 80),
+        _layer("denoise", "d.qk", 50, 0),
+    )
+    return Manifest(
+        schema="gwp-edge.bundle",
+        schema_version=1,
+        bundle_id="x",
+        spec=_spec(),
+        precision=Precision(name="fp32", cache=cache, layers=layers),
+        graphs={"native": GraphSet(vision="v", prefill="p", denoise="d")},
+        prompts={"task": "p"},
+        tables="t",
+        weights="w",
+        golden=Golden(file="g", task="task", tolerance=1e-4, checked_with=()),
+        error=MeasuredError(inputs="none", n_chunks=0, joints_rad=None, grippers_m=None),
+        files={"w": FileEntry(sha256="0", n_bytes=1)},
+        provenance=Provenance(
+            gwp_edge="0", created_at="now", checkpoint={}, libraries={}, unused={}, notes=()
+        ),
+    )
+
+
+class FakeClock:
+    """Moves on by what the fake engine says that it took."""
+
+    def __init__(self):
+        self.t_ns = 0
+
+    def __call__(self):
+        return self.t_ns
+
+
+class FakeEngine:
+    """Takes 10 ms for vision, 5 for prefill, 2 for a step, ten times as long in its first chunk."""
+
+    def __init__(self, clock, answer=1.0):
+        self.clock, self.answer, self.calls = clock, answer, []
+        self.n_chunks = 0
+
+    def _take(self, name, ms):
+        self.calls.append(name)
+        self.clock.t_ns += int(ms * 1e6 * (10 if self.n_chunks == 1 else 1))
+
+    def set_prompt(self, task):
+        raise NotImplementedError
+
+    def vision(self, canvas):
+        assert canvas.shape == (32, 64, 3)
+        assert canvas.dtype == np.uint8
+        self.n_chunks += 1
+        self._take("vision", 10)
+        return np.zeros((1, 4, 2, 4), np.float32)
+
+    def prefill(self, latent, state_norm):
+        assert state_norm.shape == (1, 5)
+        assert not state_norm[0, 3:].any()
+        self._take("prefill", 5)
+
+    def denoise(self, x, step_idx, prefix_norm, prefix_gain):
+        assert prefix_norm.shape == x.shape == (6, 5)
+        assert prefix_gain.shape == (6, 1)
+        self._take(f"denoise{step_idx}", 2)
+        return np.full_like(x, self.answer)
+
+    def close(self):
+        raise NotImplementedError
+
+
+def test_time_engine_counts_every_pass_and_drops_the_warm_up():
+    clock = FakeClock()
+    engine = FakeEngine(clock)
+    times = time_engine(engine, _spec(), repeats=4, warmup=1, now_ns=clock)
+    assert engine.calls[:5] == ["vision", "prefill", "denoise0", "denoise1", "denoise2"]
+    assert engine.n_chunks == 5
+    assert times.stages["vision"] == [10_000_000] * 4
+    assert times.stages["prefill"] == [5_000_000] * 4
+    assert times.stages["denoise"] == [2_000_000] * 12
+    assert times.chunks == [21_000_000] * 4
+
+
+def test_time_engine_answer_not_finite_is_refused():
+    clock = FakeClock()
+    with pytest.raises(SpecError, match="not finite"):
+        time_engine(FakeEngine(clock, np.nan), _spec(), repeats=1, warmup=0, now_ns=clock)
+
+
+@pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])
+def test_time_engine_bad_counts_are_refused(repeats, warmup):
+    clock = FakeClock()
+    with pytest.raises(SpecError, match="repeats >= 1"):
+        time_engine(FakeEngine(clock), _spec(), repeats=repeats, warmup=warmup, now_ns=clock)
+
+
+def test_run_chunk_returns_the_last_answer():
+    clock = FakeClock()
+    spec = _spec()
+    x, laps = run_chunk(FakeEngine(clock, 3.0), spec, random_input(spec, np.random.default_rng(0)))
+    assert (x == 3.0).all()
+    assert len(laps["denoise"]) == 3
+
+
+@pytest.mark.parametrize(("cache", "element_bytes"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
+def test_stage_costs_add_layers_and_the_caches_of_a_step(cache, element_bytes):
+    costs = stage_costs(_manifest(cache))
+    assert costs["vision"] == Cost(flops=1500, n_bytes=100)
+    assert costs["prefill"] == Cost(flops=300, n_bytes=70)
+    # K and V, 2 layers, 3 heads of 8, 1 state + 2 visual + 12 text tokens.
+    assert costs["denoise"] == Cost(flops=250, n_bytes=80 + 2 * 2 * 24 * 15 * element_bytes)
+
+
+def test_stage_costs_unknown_cache_format_is_refused():
+    with pytest.raises(SpecError, match="fp3"):
+        stage_costs(_manifest("fp3"))
+
+
+def test_judge_compute_bound_stage_is_held_to_the_gemm_rate():
+    # 1 GFLOP at 100 GFLOP/s is 10 ms; 10 MB at 10 GB/s is 1 ms.
+    report = judge([20_000_000] * 3, Cost(flops=10**9, n_bytes=10**7), LIMITS)
+    assert report.gemm_floor_ms == pytest.approx(10)
+    assert report.memory_floor_ms == pytest.approx(1)
+    assert report.ratio_to_gemm_floor == pytest.approx(2)
+    assert report.percent_of_limit == pytest.approx(50)
+    assert report.gflop_s == pytest.approx(50)
+    assert report.gbyte_s == pytest.approx(0.5)
+
+
+def test_judge_memory_bound_stage_is_held_to_the_streaming_rate():
+    report = judge([20_000_000], Cost(flops=10**8, n_bytes=10**8), LIMITS)
+    assert report.memory_floor_ms == pytest.approx(10)
+    assert report.percent_of_limit == pytest.approx(50)
+
+
+def test_judge_engine_chunk_costs_all_its_steps():
+    times = EngineTimes(
+        stages={"vision": [10], "prefill": [10], "denoise": [10, 10, 10]}, chunks=[50]
+    )
+    stages, chunk = judge_engine(times, _manifest(), LIMITS)
+    assert chunk.gflop * 1e9 == pytest.approx(1500 + 300 + 3 * 250)
+    assert chunk.gemm_floor_ms == pytest.approx(
+        stages["vision"].gemm_floor_ms
+        + stages["prefill"].gemm_floor_ms
+        + 3 * stages["denoise"].gemm_floor_ms
+    )
+
+
+def test_times_of_values_gives_percentiles_in_ms():
+    times = Times.of([i * 1_000_000 for i in range(1, 102)])
+    assert (times.n, times.min_ms, times.p50_ms, times.max_ms) == (101, 1, 51, 101)
+    assert times.p95_ms == pytest.approx(96)
+    assert times.p99_ms == pytest.approx(100)
+
+
+def test_limits_merged_takes_the_better_rate_of_each():
+    other = Limits(threads=2, gemm=(GemmRate(shape=(8, 8, 8), gflop_s=120.0),), stream_gb_s=9.0)
+    merged = LIMITS.merged(other)
+    assert merged.best_gflop_s == 120.0
+    assert merged.stream_gb_s == 10.0
+
+
+# -- machine --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 300, 2)])
+def test_matmul_model_multiplies(shape):
+    """The hand-written ONNX file is one, and is a product."""
+    n, k, m = shape
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(k, m)).astype(np.float32), rng.normal(size=(n, k))
+    session = ort.InferenceSession(
+        machine_limits._matmul_model(n, weight), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": x.astype(np.float32)})
+    np.testing.assert_allclose(y, x @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_measure_limits_small_problem_gives_positive_rates(monkeypatch):
+    monkeypatch.setattr(machine_limits, "_MIN_SECONDS_PER_RATE", 0.0)
+    seen = []
+    limits = measure_limits(
+        1, shapes=[(8, 8, 8), (4, 16, 8)], stream_bytes=1 << 16, progress=lambda *a: seen.append(a)
+    )
+    assert limits.threads == 1
+    assert [rate.shape for rate in limits.gemm] == [(8, 8, 8), (4, 16, 8)]
+    assert all(0 < rate.gflop_s < 1e6 for rate in limits.gemm)
+    assert 0 < limits.stream_gb_s < 1e6
+    assert seen[-1] == ("machine limits", 3, 3)
+
+
+def test_describe_machine_says_what_a_reader_needs():
+    machine = describe_machine(("numpy", "no-such-package"))
+    assert machine.n_cpus == os.cpu_count()
+    assert machine.versions["numpy"] == np.__version__
+    assert machine.versions["no-such-package"] == "not installed"
+    assert machine.cpu
+
+
+# -- reports and budgets --------------------------------------------------------------------------
+
+
+def _report(ratio=0.3, floor_ratio=1.2, difference=1e-6, eager=True, **changes):
+    chunk = judge([int(10e6 * floor_ratio)], Cost(flops=10**9, n_bytes=1000), LIMITS)
+    times = Times.of([1_000_000])
+    fields = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "size": "gwp05-wide4",
+        "family": "gwp-0.5",
+        "precision": "fp32",
+        "engine": "ort",
+        "provider": "cpu",
+        "n_steps": 10,
+        "warmup": 1,
+        "machine": describe_machine(()),
+        "limits": LIMITS,
+        "stages": {"vision": chunk},
+        "chunk": chunk,
+        "eager": EagerReport(
+            stages={"vision": times}, chunk=times, ratio=ratio, largest_difference=difference
+        )
+        if eager
+        else None,
+    }
+    return BenchReport(**{**fields, **changes})
+
+
+def test_report_survives_json():
+    report = _report()
+    text = json.dumps(msgspec.to_builtins(report))
+    assert msgspec.json.decode(text, type=BenchReport) == report
+
+
+def test_check_budgets_kept_says_nothing():
+    assert check_budgets(_report(), read_budgets(BUDGETS)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({"ratio": 0.51}, "max_ratio_to_eager: 0.51, at most 0.5"),
+        ({"floor_ratio": 1.4}, "max_ratio_to_gemm_floor: 1.4, at most 1.35"),
+        ({"difference": 1e-3}, "max_difference_from_eager: 0.001"),
+        ({"difference": float("nan")}, "max_difference_from_eager: nan"),
+        ({"eager": False}, "max_ratio_to_eager: not measured"),
+        (
+            {"family": "gwp-0", "size": "gwp0-wide4", "ratio": 0.34},
+            "max_ratio_to_eager: 0.34, at most 0.333",
+        ),
+    ],
+)
+def test_check_budgets_missed_is_named(changes, missed):
+    assert missed in check_budgets(_report(**changes), read_budgets(BUDGETS))[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"size": "gwp05-tiny"}, {"precision": "bf16"}, {"provider": "cuda"}]
+)
+def test_check_budgets_of_something_else_are_refused(changes):
+    with pytest.raises(SpecError, match="run bench with that"):
+        check_budgets(_report(**changes), read_budgets(BUDGETS))
+
+
+def test_check_budgets_file_without_the_family_is_refused():
+    with pytest.raises(SpecError, match=r'no table \[bench\."gwp-0\.5"\]'):
+        check_budgets(_report(), {"bench": {}})
+
+
+def test_check_budgets_unknown_entry_is_refused():
+    budgets = read_budgets(BUDGETS)
+    budgets["bench"]["gwp-0.5"]["max_ratio_to_egaer"] = 0.1
+    with pytest.raises(SpecError, match="max_ratio_to_egaer"):
+        check_budgets(_report(), budgets)
+
+
+def test_read_budgets_missing_file_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.toml: cannot be read"):
+        read_budgets(tmp_path / "none.toml")
+
+
+def test_read_budgets_not_toml_is_refused(tmp_path):
+    (tmp_path / "b.toml").write_text("[bench")
+    with pytest.raises(SpecError, match="is not TOML"):
+        read_budgets(tmp_path / "b.toml")
