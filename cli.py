@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gwp_edge.commands import exporting, inference
+from gwp_edge.commands import exporting, inference, machine, running
 from gwp_edge.console import one_line_errors, say
 
 app = typer.Typer(
@@ -19,7 +19,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (exporting.export, exporting.inspect, inference.infer):
+for command in (
+    exporting.export,
+    exporting.inspect,
+    inference.infer,
+    running.run,
+    machine.doctor,
+):
     app.command()(command)
 
 

@@ -1,0 +1,205 @@
+"""``gwp-edge run``: the robot."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gwp_edge.commands.options import EngineOption, ProviderOption, TaskOption, ThreadsOption
+from gwp_edge.console import remark, say, say_table, write_json
+from gwp_edge.errors import SpecError
+
+if TYPE_CHECKING:
+    from gwp_edge.run_options import RunOptions, RunStatus
+    from gwp_edge.telemetry import Distribution, RunSummary
+
+# How chunks follow each other: (guidance inside the network, blend between plans, synchronous).
+_EXECUTION = {
+    "soft": ("soft", "seam", False),
+    "hard": ("hard", "seam", False),
+    "identity": ("identity", "seam", False),
+    "naive": ("none", "seam", False),
+    "ensemble": ("none", "ensemble", False),
+    "sync": ("none", "none", True),
+}
+
+_ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")] = Path("policy.gwp"),
+    robot: Annotated[
+        str,
+        typer.Option("--robot", help="sim, piper, piper-dual, kinematic, or a robot file."),
+    ] = ...,  # type: ignore[assignment]  # typer's way to ask for a value
+    task: TaskOption = None,
+    duration: Annotated[
+        float | None, typer.Option("--duration", help="Seconds of motion; until Ctrl-C otherwise.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the summary to this file.")
+    ] = None,
+    engine: EngineOption = "ort",
+    provider: ProviderOption = "cpu",
+    threads: ThreadsOption = None,
+    execution: Annotated[
+        str,
+        typer.Option(
+            "--execution",
+            help="How chunks follow each other: soft, hard, identity (real-time chunking), "
+            "naive, ensemble, sync.",
+        ),
+    ] = "soft",
+    replan_hz: Annotated[
+        float | None, typer.Option("--replan-hz", help="Chunks per second at most.")
+    ] = None,
+    lead_ms: Annotated[
+        float, typer.Option("--lead-ms", help="Lag of the arm: how far ahead to command.")
+    ] = 0.0,
+    motor_hz: Annotated[float, typer.Option("--motor-hz", help="Motor loop rate.")] = 200.0,
+    warm_start: Annotated[
+        float, typer.Option("--warm-start", help="Start denoising at this sigma, 0 to 1.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything but sending.")] = False,
+    realtime: Annotated[
+        bool, typer.Option("--realtime/--no-realtime", help="Ask for real-time priority.")
+    ] = True,
+    skip_check: Annotated[
+        list[str] | None,
+        typer.Option("--skip-check", help="Go on although this preflight check fails."),
+    ] = None,
+) -> None:
+    """Run a policy on a robot until the duration, Ctrl-C or a fault ends it.
+
+    Space holds, enter resumes, q parks and quits. However it ends, the arm is left holding.
+
+    Example: gwp-edge run policy.gwp --robot sim --duration 10
+    """
+    from gwp_edge.bundle import read_spec
+    from gwp_edge.chunking import Guidance
+    from gwp_edge.motor import MotorOptions
+    from gwp_edge.policy_process import PolicyOptions
+    from gwp_edge.robots import load_robot
+    from gwp_edge.run_options import RunOptions
+
+    if execution not in _EXECUTION:
+        raise SpecError(
+            f"--execution {execution} is not known; choose from {', '.join(_EXECUTION)}"
+        )
+    method, blend, synchronous = _EXECUTION[execution]
+    spec = read_spec(bundle)
+    if task is not None and task not in spec.tasks:
+        known = ", ".join(repr(name) for name in spec.tasks)
+        raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
+    config = load_robot(robot, spec)
+    skipped = frozenset(skip_check or ())
+    if config.world is not None:
+        # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
+        skipped |= _ADVISORY_IN_SIMULATION
+    options = RunOptions(
+        spec=spec,
+        robot=config,
+        policy=PolicyOptions(
+            factory="gwp_edge.policy:load",
+            kwargs={
+                "path": str(bundle),
+                "engine": engine,
+                "task": task,
+                "threads": threads,
+                "provider": provider,
+                "seed": seed,
+                # The preflight runs it, so that its result is one of the lines.
+                "check_golden": False,
+            },
+            guidance=Guidance(method=method, warm_start_sigma=warm_start),  # type: ignore[arg-type]
+            replan_hz=replan_hz,
+            synchronous=synchronous,
+        ),
+        motor=MotorOptions(
+            rate_hz=motor_hz,
+            lead_ns=round(lead_ms * 1e6),
+            blend=blend,  # type: ignore[arg-type]
+            synchronous=synchronous,
+            dry_run=dry_run,
+            realtime=realtime,
+        ),
+        duration_s=duration,
+        skip_checks=skipped,
+    )
+    _run(options, json_file)
+
+
+def _run(options: RunOptions, json_file: Path | None) -> None:
+    from gwp_edge.operator_input import TerminalKeys
+    from gwp_edge.runtime import run as run_robot
+
+    with TerminalKeys() as keys:
+        options = dataclasses.replace(options, interactive=keys.available)
+        summary = run_robot(options, on_status=_Display(), keys=keys)
+    if json_file is not None:
+        write_json(json_file, summary.to_dict())
+    _say_summary(summary)
+    if summary.exit_code:
+        remark(f"gwp-edge: {summary.message}")
+        raise SystemExit(summary.exit_code)
+    say(summary.message)
+
+
+class _Display:
+    """Prints what changes. Threads: one owner."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, status: RunStatus) -> None:
+        for event in status.events:
+            remark(f"{status.run_s:7.2f} s  {event.text}")
+        line = status.mode.name
+        if line != self._last:
+            remark(f"{status.run_s:7.2f} s  {line}")
+            self._last = line
+
+
+def _row(name: str, unit: str, d: Distribution | None) -> list[tuple[Any, ...]]:
+    if d is None or d.n == 0:
+        return []
+    return [(name, unit, d.n, *(round(v, 3) for v in (d.p50, d.p95, d.p99, d.max)))]
+
+
+def _say_summary(summary: RunSummary) -> None:
+    if summary.checks:
+        say_table(
+            "Preflight",
+            ("check", "", "detail"),
+            [(c.name, "pass" if c.passed else "FAIL", c.detail) for c in summary.checks],
+        )
+    rows: list[tuple[Any, ...]] = []
+    for stage, latency in summary.latency_ms.items():
+        rows += _row(stage, "ms", latency)
+    for name, unit, values in (
+        ("frame age", "ms", summary.frame_age_ms),
+        ("feedback age", "ms", summary.feedback_age_ms),
+        ("plan age", "ms", summary.chunk_age_ms),
+        ("motor wake-up late", "us", summary.lateness_us),
+        ("motor tick busy", "us", summary.busy_us),
+    ):
+        rows += _row(name, unit, values)
+    if rows:
+        say_table("Times", ("what", "unit", "n", "p50", "p95", "p99", "max"), rows)
+    say(
+        f"{summary.n_chunks} chunks, {summary.n_ticks} ticks, {summary.n_missed_ticks} missed, "
+        f"{summary.n_stale_observations} stale observations, {summary.n_holds} holds"
+    )
+    acted = {
+        channel: {kind: n for kind, n in kinds.items() if n}
+        for channel, kinds in summary.interventions.items()
+        if any(kinds.values())
+    }
+    for channel, kinds in acted.items():
+        say(f"limited {channel}: " + ", ".join(f"{kind} {n}" for kind, n in kinds.items()))
+    for fault in summary.faults:
+        remark(f"fault: {fault}")
