@@ -48,12 +48,14 @@ if [ ! -e "$root/.unpacked" ]; then
     touch "$root/.unpacked"
 fi
 
-host_python="$(scripts/find-python.sh "python$python_version")"
+# A clean environment, so that pip does not compare with what the host has installed.
+pip_env="$root/../pip-env"
+[ -x "$pip_env/bin/python" ] || "$(scripts/find-python.sh "python$python_version")" -m venv "$pip_env"
 platforms=()
 for minor in $(seq 36 -1 17); do platforms+=(--platform "manylinux_2_${minor}_aarch64"); done
 echo 'test-aarch64: installing aarch64 wheels'
 rm -rf "$site"
-"$host_python" -m pip --disable-pip-version-check install -qq --target "$site" --no-compile \
+"$pip_env/bin/python" -m pip --disable-pip-version-check install -qq --target "$site" --no-compile \
     --only-binary :all: --implementation cp --python-version "$python_version" \
     "${platforms[@]}" --platform manylinux2014_aarch64 -c constraints.txt \
     "$wheel[piper]" hypothesis psutil pytest pytest-randomly
@@ -62,11 +64,12 @@ rm -rf "$root/work"
 mkdir -p "$root/work"
 cp -r tests pyproject.toml "$bundles" "$root/work/"
 
+# No /sys: the processor library inside ONNX Runtime ends in a segmentation fault when /sys lists the
+# host's processors and /proc/cpuinfo describes x86 ones; without /sys it goes on with a warning.
 # Mounts live in a namespace of their own and are gone when it ends, whatever happens.
 # shellcheck disable=SC2016
 GWP_ROOT="$root" GWP_BUNDLES="/work/$(basename "$bundles")" unshare --mount --pid --fork bash -euc '
     mount -t proc proc "$GWP_ROOT/proc"
-    mount -t sysfs -o ro sysfs "$GWP_ROOT/sys"
     mount -t tmpfs tmpfs "$GWP_ROOT/tmp"
     mount -t tmpfs -o mode=755 tmpfs "$GWP_ROOT/dev"
     for device in null zero full random urandom tty; do
@@ -82,5 +85,7 @@ GWP_ROOT="$root" GWP_BUNDLES="/work/$(basename "$bundles")" unshare --mount --pi
     }
     run python3 -c "import platform, onnxruntime, gwp_edge as g; print(
         platform.machine(), platform.python_version(), \"onnxruntime\", onnxruntime.__version__, g.__file__)"
-    run python3 -m pytest -q -m "not export and not sim" -p no:cacheprovider "$@"
+    # qemu-user has no SO_TIMESTAMPING, and is too slow for two arms at 200 Hz: not the CPU under test.
+    run python3 -m pytest -q -m "not export and not sim" -p no:cacheprovider \
+        -k "not test_socketcan and not test_two_arms_in_other_processes" "$@"
 ' test-aarch64 "$@"
