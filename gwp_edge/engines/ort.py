@@ -27,6 +27,11 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "tensor(bfloat16)": ml_dtypes.bfloat16,
     "tensor(uint8)": np.uint8,
 }
+SESSION_CONFIG = {
+    # int4 weights times float32 activations. The library's own choice (4) would quantize the
+    # activations to int8 on the way, which no calibration has seen.
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}
 # Warnings of the library are about its own choices; errors come back as exceptions.
 _LOG_ERRORS_ONLY = 3
 
@@ -75,6 +80,8 @@ class OrtEngine:
     ) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
+        for key, value in SESSION_CONFIG.items():
+            options.add_session_config_entry(key, value)
         if threads is not None:
             options.intra_op_num_threads = threads
         if weights == "mapped":
