@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from gwp_edge.errors import GwpError, SpecError
@@ -37,8 +39,23 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(EXIT_FAILED) from e
     except (OSError, MemoryError) as e:
         fail(f"{type(e).__name__}: {e}")
-    except KeyboardInterrupt:
+    except Interrupted:
         fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or a polite kill, on its way out through every clean-up."""
+
+
+def raise_on_signals() -> None:
+    """Let SIGINT and SIGTERM alike raise ``Interrupted``, so that a kill cleans up too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Interrupted
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from gwp_edge.commands.options import BundleArgument, JsonFlag
-from gwp_edge.console import progress_bars, remark, say, say_json, say_table
+from gwp_edge.console import progress_bars, raise_on_signals, remark, say, say_json, say_table
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -103,8 +101,7 @@ def export(
         use_ema=use_ema,
         engine_check=_choice("--check", check, _CHECKS),
     )
-    # A polite kill must clean up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    raise_on_signals()
     with progress_bars() as progress:
         result = export_bundle(options, progress)
     summary = _export_summary(result.bundle, result.seconds)
@@ -112,11 +109,6 @@ def export(
         say_json(summary)
         return
     _say_export(result.bundle, summary, dict(result.unused))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
 
 
 def _export_summary(bundle: Bundle, seconds: float) -> dict[str, Any]:
