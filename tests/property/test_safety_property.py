@@ -11,7 +11,7 @@ from gwp_edge.safety import Limiter
 from gwp_edge.types import JointLimits
 
 PERIOD_S = 0.005
-LOW, HIGH, SPEED, ACCELERATION = -1.0, 1.0, 3.0, 5.0
+LOW, HIGH, SPEED, ACCELERATION = -1.0, 1.0, 1.5, 5.0
 EPS = 1e-9
 
 
@@ -69,15 +69,23 @@ anything = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.sampled_from([LOW, HIGH, math.nan, math.inf, -math.inf, 1e300]),
 )
-# Long stretches of one target reach full speed and the limits; single values alone do not.
-stretches = st.lists(st.tuples(anything, st.integers(1, 200)), min_size=1, max_size=8)
+# Long stretches reach full speed and the limits, ramps run into them; single values do neither.
+stretches = st.lists(
+    st.tuples(anything, st.integers(1, 200), st.one_of(st.just(0.0), st.floats(-2.0, 2.0))),
+    min_size=1,
+    max_size=8,
+)
+
+
+def _spell_out(stretches):
+    """Return the targets of stretches (first value, ticks, speed)."""
+    return [x + speed * PERIOD_S * i for x, n, speed in stretches for i in range(n)]
 
 
 @settings(max_examples=80, deadline=None)
 @given(start=st.floats(LOW, HIGH), stretches=stretches)
 def test_limiter_any_input_respects_every_limit(start, stretches):
-    targets = [x for x, n in stretches for _ in range(n)]
-    _check_limits(_run(start, targets))
+    _check_limits(_run(start, _spell_out(stretches)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -87,17 +95,45 @@ def test_limiter_any_input_respects_every_limit(start, stretches):
     caps=st.dictionaries(st.integers(0, 400), st.floats(0.05, 2.0), max_size=3),
 )
 def test_limiter_changing_speed_cap_respects_every_limit(start, stretches, caps):
-    _check_limits(_run(start, [x for x, n in stretches for _ in range(n)], caps))
+    _check_limits(_run(start, _spell_out(stretches), caps))
 
 
 @settings(max_examples=30, deadline=None)
 @given(start=st.sampled_from([LOW - 0.3, HIGH + 0.2, LOW - 0.01]), stretches=stretches)
 def test_limiter_start_outside_never_goes_farther_out(start, stretches):
     """PiPER rests on its stops, outside the margin."""
-    out = _run(start, [x for x, n in stretches for _ in range(n)])
+    out = _run(start, _spell_out(stretches))
     _check_limits(out)
     outside = np.maximum(np.maximum(LOW - out, out - HIGH), 0.0)
     assert (np.diff(outside) <= EPS).all()
+
+
+@pytest.mark.parametrize("speed", [0.2, 0.9, 1.49])
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_limiter_ramp_into_the_limit_brakes_before_it(speed, side):
+    """Followed exactly until the last moment at which stopping in time is possible."""
+    targets = _spell_out([(0.0, 100, 0.0)]) + [
+        side * min(t, 1.2) for t in _spell_out([(0.0, 1600, speed)])
+    ]
+    # Get up to speed first: a ramp from rest is a jump in velocity.
+    out = _run(0.0, targets)
+    _check_limits(out)
+    assert out[-1] == side * HIGH
+
+
+def test_limiter_speed_limit_is_reached_and_kept():
+    out = _run(-0.9, [0.9] * 600)
+    _check_limits(out)
+    assert np.diff(out).max() / PERIOD_S == pytest.approx(SPEED)
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_limiter_once_inside_the_old_way_out_is_closed(side):
+    out = side * _run(side * (HIGH + 0.2), [side * 0.5] * 400 + [side * (HIGH + 0.2)] * 400)
+    assert out[400] < 0.6
+    assert out[401:].max() <= HIGH
+    partly = side * _run(side * (HIGH + 0.2), [side * (HIGH + 0.1)] * 400 + [side * 1.2] * 400)
+    assert partly[401:].max() <= partly[400] + EPS
 
 
 @settings(max_examples=80, deadline=None)

@@ -46,6 +46,8 @@ class Run:
         )
         robot = msgspec.structs.replace(robot, world=world)
         options.setdefault("motor", MOTOR)
+        # Never the expected end, only the end of a test that would not end.
+        options.setdefault("duration_s", 30.0)
         options.setdefault("guardian_timeout_s", 2.0)
         options.setdefault("recover_timeout_s", 0.3)
         options.setdefault("start_timeout_s", 60.0)
@@ -165,7 +167,9 @@ def test_run_killed_policy_ends_holding(a_run):
 
 def test_run_killed_motor_is_held_by_the_guardian(a_run):
     summary = a_run.start(
-        on_status=a_run.once_running(lambda s: os.kill(s.motor_pid, signal.SIGKILL))
+        on_status=a_run.once_running(lambda s: os.kill(s.motor_pid, signal.SIGKILL)),
+        # Death itself is seen; a silent heartbeat would take longer than this test.
+        guardian_timeout_s=100.0,
     )
     assert (summary.outcome, summary.exit_code) == ("crashed", 1)
     assert "the guardian sent hold" in summary.message
@@ -213,7 +217,7 @@ def test_run_terminated_motor_process_stops_gently(a_run):
 
 
 def test_run_policy_answering_nan_ends_holding(a_run):
-    summary = a_run.start(script="nan", policy={"after_n": 25}, duration_s=30.0)
+    summary = a_run.start(script="nan", policy={"after_n": 25})
     assert (summary.outcome, summary.exit_code) == ("held", 1)
     assert "not finite" in summary.message
     assert summary.n_rejected_chunks["not_finite"] >= 3
@@ -221,7 +225,7 @@ def test_run_policy_answering_nan_ends_holding(a_run):
 
 
 def test_run_policy_raising_ends_holding(a_run):
-    summary = a_run.start(script="crash", policy={"after_n": 25}, duration_s=30.0)
+    summary = a_run.start(script="crash", policy={"after_n": 25})
     assert summary.exit_code == 1
     assert "scripted crash" in summary.message
     a_run.check_decelerated_and_holding()
@@ -229,7 +233,7 @@ def test_run_policy_raising_ends_holding(a_run):
 
 def test_run_policy_that_stops_answering_ends_holding(a_run):
     a_run.spec = make_spec(n_rows=16)
-    summary = a_run.start(script="wait", policy={"after_n": 25}, duration_s=30.0)
+    summary = a_run.start(script="wait", policy={"after_n": 25})
     assert (summary.outcome, summary.exit_code) == ("held", 1)
     assert "plan is used up" in summary.message
     a_run.check_decelerated_and_holding()
@@ -237,7 +241,7 @@ def test_run_policy_that_stops_answering_ends_holding(a_run):
 
 def test_run_camera_stall_ends_holding(a_run):
     a_run.spec = make_spec(n_rows=48)
-    summary = a_run.start(faults=[{"kind": "camera-freeze", "at_s": 0.5}], duration_s=30.0)
+    summary = a_run.start(faults=[{"kind": "camera-freeze", "at_s": 0.5}])
     assert (summary.outcome, summary.exit_code) == ("held", 1)
     assert "camera" in summary.message
     assert summary.n_stale_observations >= 1
@@ -269,7 +273,7 @@ def test_run_short_camera_stall_resumes(a_run):
 )
 def test_run_device_fault_ends_and_says_so(a_run, kind, words):
     policy = {"amplitude": 0.8, "swing_s": 2.0} if kind == "stuck" else {}
-    summary = a_run.start(faults=[{"kind": kind, "at_s": 0.4}], policy=policy, duration_s=30.0)
+    summary = a_run.start(faults=[{"kind": kind, "at_s": 0.4}], policy=policy)
     assert summary.exit_code == 1
     assert words in summary.message
     a_run.check_moved_within_limits()
