@@ -120,7 +120,7 @@ def prefill_graph(
 ) -> Graph:
     """Record the prefix pass."""
     net, fmt = spec.network, cache_format(recipe)
-    ops = OnnxOps(weights, recipe, bank, form=form, eps=net.eps)
+    ops = OnnxOps(weights, recipe, bank, form=form, stage="prefill", eps=net.eps)
     latent = ops.input("latent", spec.latent_shape)
     state = ops.input("state", (1, net.n_action_channels))
     bias = ops.input("prompt_bias", (net.n_text_rows,))
@@ -142,7 +142,7 @@ def denoise_graph(
 ) -> Graph:
     """Record one Euler step."""
     net, fmt = spec.network, cache_format(recipe)
-    ops = OnnxOps(weights, recipe, bank, form=form, eps=net.eps)
+    ops = OnnxOps(weights, recipe, bank, form=form, stage="denoise", eps=net.eps)
     stream = action_stream(net)
     rows = (spec.n_rows, net.n_action_channels)
     x = ops.input("x", rows)

@@ -14,14 +14,14 @@ import torch
 from gwp_edge.errors import BuildError
 from gwp_edge.export.onnx_recorder import (
     IR_TYPES,
-    STORED_TYPES,
     Form,
     GraphRecorder,
     dtype_of,
     shape_of,
 )
 from gwp_edge.export.ops import Order, WeightSource
-from gwp_edge.export.precision import Format, Recipe
+from gwp_edge.export.precision import QUANTIZED_FORMATS, Format, Recipe
+from gwp_edge.export.quantized_linear import QuantizedLinear, weight_bytes
 from gwp_edge.export.torch_ops import last_tap
 from gwp_edge.export.weight_bank import WeightBank
 
@@ -44,7 +44,16 @@ class LayerCost:
 
 
 class OnnxOps(GraphRecorder):
-    """The vocabulary of ``export/ops.py``, recorded. Threads: one owner."""
+    """The vocabulary of ``export/ops.py``, recorded. Threads: one owner.
+
+    Args:
+        weights: where shapes and, later, values come from.
+        recipe: format of every layer.
+        bank: takes the weights.
+        form: see :class:`GraphRecorder`.
+        stage: which graph this is: which calibrated range a layer's input has.
+        eps: epsilon of every norm.
+    """
 
     def __init__(
         self,
@@ -53,9 +62,11 @@ class OnnxOps(GraphRecorder):
         bank: WeightBank,
         *,
         form: Form,
+        stage: str = "vision",
         eps: float = 1e-6,
     ) -> None:
         super().__init__(weights, recipe, bank, form=form, eps=eps)
+        self._quantized = QuantizedLinear(self, stage)
         self.costs: list[LayerCost] = []
 
     # -- layers ------------------------------------------------------------------------------
@@ -89,7 +100,7 @@ class OnnxOps(GraphRecorder):
     def _cost(self, name: str, fmt: Format, flops: int, weight: ir.Value | None = None) -> None:
         n_bytes = 0
         if weight is not None:
-            n_bytes = math.prod(shape_of(weight)) * STORED_TYPES[fmt].itemsize
+            n_bytes = weight_bytes(math.prod(shape_of(weight)), fmt)
         self.costs.append(LayerCost(name=name, format=fmt, flops=flops, weight_bytes=n_bytes))
 
     def _affine(
@@ -103,6 +114,11 @@ class OnnxOps(GraphRecorder):
     def linear(self, x: ir.Value, name: str, *, order: Order | None = None) -> ir.Value:
         fmt = self.recipe.of(name)
         d_out, d_in = self.weights.shape(f"{name}.weight")
+        if fmt in QUANTIZED_FORMATS:
+            flops = 2 * shape_of(x)[0] * d_in * d_out
+            n_bytes = weight_bytes(d_in * d_out, fmt)
+            self.costs.append(LayerCost(name=name, format=fmt, flops=flops, weight_bytes=n_bytes))
+            return self._quantized.record(x, name, fmt, order)
 
         def transform(w: torch.Tensor) -> torch.Tensor:
             w = w if order is None else w[torch.from_numpy(order)]

@@ -7,7 +7,7 @@ is written, so that a graph of any size is built in little memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,18 @@ IR_VERSION = 10
 
 Form = Literal["native", "portable"]
 
-IR_TYPES = {
+INT4_OPSET = 21  # blocked DequantizeLinear
+
+IR_TYPES: dict[Format, ir.DataType] = {
     "fp32": ir.DataType.FLOAT,
     "fp16": ir.DataType.FLOAT16,
     "bf16": ir.DataType.BFLOAT16,
 }
-STORED_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+STORED_TYPES: dict[Format, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 _TORCH_TO_IR = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
@@ -78,6 +84,7 @@ class GraphRecorder:
         self._bank = bank
         self.form = form
         self.eps = eps
+        self.opset = OPSET
         self._nodes: list[ir.Node] = []
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -127,7 +134,7 @@ class GraphRecorder:
             self._outputs,
             nodes=self._nodes,
             initializers=[*self._stored.values(), *self._constants.values()],
-            opset_imports={"": OPSET},
+            opset_imports={"": self.opset},
             name=name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gwp-edge")
@@ -218,13 +225,23 @@ class GraphRecorder:
         self._stored[name] = value
         return value
 
-    def stored(self, name: str, shape: Sequence[int]) -> ir.Value:
-        """Return a float32 initializer that the bank already holds under ``name``."""
+    def keep(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        produce: Callable[[], torch.Tensor],
+    ) -> None:
+        """Announce bytes for the weight file; ``stored`` makes them an initializer."""
+        self._bank.add(StoredTensor(name=name, dtype=dtype, shape=tuple(shape), produce=produce))
+
+    def stored(
+        self, name: str, shape: Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT
+    ) -> ir.Value:
+        """Return an initializer whose bytes the bank holds under ``name``, read as ``dtype``."""
         value = self._stored.get(name)
         if value is None:
-            value = ir.Value(
-                name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(ir.DataType.FLOAT)
-            )
+            value = ir.Value(name=name, shape=ir.Shape(list(shape)), type=ir.TensorType(dtype))
             self._stored[name] = value
         return value
 
@@ -257,8 +274,8 @@ class GraphRecorder:
         """Return a checkpoint tensor as a float32 initializer."""
         return self.vector(name)
 
-    def constant(self, name: str, value: npt.NDArray[np.float32]) -> ir.Value:
-        """Return a small float32 array that is kept inside the graph file."""
+    def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
+        """Return a small array that is kept inside the graph file."""
         known = self._constants.get(name)
         if known is None:
             tensor = ir.Tensor(np.asarray(value, order="C"), name=name)

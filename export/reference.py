@@ -69,7 +69,8 @@ class Reference:
     ) -> None:
         self._spec = spec
         self._vision = VisionEncoder(TorchOps(vae_weights, recipe), vae)
-        self._path = ActionPath(TorchOps(weights, recipe, eps=spec.network.eps), spec)
+        self._ops = TorchOps(weights, recipe, eps=spec.network.eps)
+        self._path = ActionPath(self._ops, spec)
         self._prefix_rows = {
             s.name: tables.prefix_rows(weights, spec, s) for s in streams(spec.network)
         }
@@ -114,9 +115,11 @@ class Reference:
         latent = self._vision.encode(canvas, spec.canvas.height_px, spec.canvas.width_px)
         state = torch.from_numpy(normalise_state(inputs.state, spec))
         rows = {name: [list(block) for block in table] for name, table in self._prefix_rows.items()}
+        self._ops.stage = "prefill"
         prefix = self._path.prefill(latent, state, rows, caches, bias)
         if progress is not None:
             progress()
+        self._ops.stage = "denoise"
         x = torch.from_numpy(np.array(inputs.noise))
         zeros, no_gain = torch.zeros_like(x), torch.zeros(spec.n_rows, 1)
         sigmas = torch.tensor(spec.sampler.sigmas, dtype=torch.float32)

@@ -11,14 +11,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from gwp_edge.export.ops import Order, WeightSource
-from gwp_edge.export.precision import Format, Recipe, make_recipe
+from gwp_edge.export.precision import (
+    QUANTIZED_FORMATS,
+    STATIC_FORMATS,
+    Format,
+    Recipe,
+    make_recipe,
+)
+from gwp_edge.export.quantize import bias_correction, quantize_weight, quantized_product
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rounded(x: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """Return float32 values that ``fmt`` can hold."""
-    return x if fmt == "fp32" else x.to(_DTYPES[fmt]).to(torch.float32)
+    """Return float32 values that ``fmt`` can hold; quantized formats round where they multiply."""
+    return x if fmt not in _DTYPES else x.to(_DTYPES[fmt]).to(torch.float32)
 
 
 def last_tap(weight: torch.Tensor) -> torch.Tensor:
@@ -31,17 +38,27 @@ class TorchOps:
 
     That is what a unit with reduced-precision operands and float32 accumulation computes.
     Threads: one owner.
+
+    Attributes:
+        stage: ``prefill`` or ``denoise``: which calibrated range a layer's input has.
     """
 
     def __init__(
-        self, weights: WeightSource, recipe: Recipe | None = None, *, eps: float = 1e-6
+        self,
+        weights: WeightSource,
+        recipe: Recipe | None = None,
+        *,
+        eps: float = 1e-6,
+        device: str = "cpu",
     ) -> None:
         self._weights = weights
         self._recipe = recipe or make_recipe("fp32")
         self._eps = eps
+        self._device = device
+        self.stage = "prefill"
 
     def parameter(self, name: str) -> torch.Tensor:
-        return self._weights.load(name).to(torch.float32)
+        return self._weights.load(name).to(self._device, torch.float32)
 
     def _weight(self, name: str, fmt: Format) -> torch.Tensor:
         return rounded(self.parameter(name), fmt)
@@ -51,7 +68,22 @@ class TorchOps:
         weight, bias = self._weight(f"{name}.weight", fmt), self.parameter(f"{name}.bias")
         if order is not None:
             weight, bias = weight[order], bias[order]
+        if fmt in QUANTIZED_FORMATS:
+            return self._quantized(x, name, weight, fmt) + bias
         return rounded(F.linear(rounded(x, fmt), weight), fmt) + bias
+
+    def _quantized(
+        self, x: torch.Tensor, name: str, weight: torch.Tensor, fmt: Format
+    ) -> torch.Tensor:
+        recipe = self._recipe
+        threshold = recipe.threshold(self.stage, name) if fmt in STATIC_FORMATS else 0.0
+        quantized = quantize_weight(weight.t(), fmt, recipe.block)
+        y = quantized_product(x, quantized, fmt, threshold=threshold, block=recipe.block)
+        mean = recipe.mean(self.stage, name)
+        if mean is None:
+            return y
+        given = torch.from_numpy(np.array(mean)).to(self._device)
+        return y + bias_correction(weight.t(), quantized, given, recipe.block)
 
     def projection(self, x: torch.Tensor, name: str, embodiment: int) -> torch.Tensor:
         fmt = self._recipe.of(name)
@@ -68,7 +100,7 @@ class TorchOps:
         self, x: torch.Tensor, name: str, *, stride: int = 1, padding: int = 0
     ) -> torch.Tensor:
         fmt = self._recipe.of(name)
-        weight = rounded(last_tap(self._weights.load(f"{name}.weight")).to(torch.float32), fmt)
+        weight = rounded(last_tap(self.parameter(f"{name}.weight")), fmt)
         y = F.conv2d(rounded(x, fmt), weight, stride=stride, padding=padding)
         return rounded(y, fmt) + self.parameter(f"{name}.bias")[None, :, None, None]
 
@@ -138,4 +170,4 @@ class TorchOps:
         return x.to(torch.float32)
 
     def constant(self, name: str, value: npt.NDArray[np.float32]) -> torch.Tensor:
-        return torch.from_numpy(np.array(value))
+        return torch.from_numpy(np.array(value)).to(self._device)

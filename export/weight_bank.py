@@ -31,7 +31,7 @@ class StoredTensor:
     Attributes:
         name: name in the file and of the initializer.
         dtype: stored type.
-        shape: stored shape.
+        shape: stored shape; int4 codes are stored as packed bytes (uint8, one axis).
         produce: reads and transforms the checkpoint tensor; called once, while writing.
     """
 
