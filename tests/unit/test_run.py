@@ -15,7 +15,7 @@ from gwp_edge.operator_input import Key
 from gwp_edge.policy_process import PolicyOptions
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
-from gwp_edge.shared_memory import PREFIX, SHM_DIR
+from gwp_edge.shared_memory import SHM_DIR, unique_name
 from gwp_edge.status import HoldReason, Mode
 from gwp_edge.testing import make_spec, read_commands
 
@@ -108,15 +108,19 @@ class Run:
 
 
 @pytest.fixture
-def a_run(tmp_path):
-    before = set(SHM_DIR.glob(f"{PREFIX}*"))
+def a_run(tmp_path, monkeypatch):
+    """A run, after which nothing that it made is left in shared memory."""
+    names = []
+
+    def record(label):
+        names.append(unique_name(label))
+        return names[-1]
+
+    monkeypatch.setattr("gwp_edge.mailbox.unique_name", record)
+    monkeypatch.setattr("gwp_edge.drivers.kinematic.unique_name", record)
     yield Run(tmp_path)
-    ours = [
-        p
-        for p in set(SHM_DIR.glob(f"{PREFIX}*")) - before
-        if p.name.startswith((f"{PREFIX}run-", f"{PREFIX}kinematic-"))
-    ]
-    assert ours == []
+    assert len(names) >= 2
+    assert [n for n in names if (SHM_DIR / n).exists()] == []
 
 
 def test_run_duration_ends_well_and_reports(a_run):
