@@ -1,0 +1,292 @@
+"""How far a bundle is from the policy it was made of, on episodes that calibration did not see.
+
+The bundle runs on its engine. The float32 reference runs in torch from the checkpoint, under the
+same noise. Both are also held against the recorded actions. Nothing here moves a motor.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import gwp_edge
+from gwp_edge.bundle import Bundle
+from gwp_edge.calibration.dataset import LeRobotDataset
+from gwp_edge.calibration.provenance import judge_dataset
+from gwp_edge.calibration.verify_checks import Limits, error_checks, verdict
+from gwp_edge.calibration.verify_engine import Answer, EngineChoice, run_bundle
+from gwp_edge.calibration.verify_errors import Ruler, compare, make_ruler
+from gwp_edge.calibration.verify_frames import (
+    Frames,
+    choose_prompts,
+    choose_verification,
+    judge_statistics,
+)
+from gwp_edge.calibration.verify_schema import (
+    Check,
+    Comparison,
+    Context,
+    PlotChunk,
+    Rows,
+    SampleId,
+    StepRange,
+    VerifyReport,
+)
+from gwp_edge.errors import SpecError
+from gwp_edge.types import FloatArray
+
+if TYPE_CHECKING:
+    from gwp_edge.calibration.verify_against import Against
+    from gwp_edge.calibration.verify_reference import ReferenceOptions
+
+Progress = Callable[[str, int, int], None]
+DEFAULT_N_SAMPLES = 16
+_N_PLOTS = 4
+_LIBRARIES = ("numpy", "onnxruntime", "torch")
+_FLOAT32 = "float32 reference"
+_RECORDED = "recorded actions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions:
+    """What ``gwp-edge verify`` was asked for; see its help.
+
+    Attributes:
+        bundle: folder.
+        dataset: root of a LeRobot dataset.
+        reference: where the float32 reference comes from; None compares with the recording only.
+        task: prompt for every episode; None matches by name.
+        n_samples: how many chunks.
+        seed: of split, frames and noise; the one that calibration had.
+        n_first_rows: rows that one replan executes; those of 0.4 s by default.
+        gripper_threshold_m: opening that counts as open; the middle of q01 and q99 by default.
+        limits: what is too much.
+        engine: what runs the bundle.
+        layers: judge every layer too.
+        calibration_record: file with the ranges to show.
+    """
+
+    bundle: Path
+    dataset: Path
+    reference: ReferenceOptions | None = None
+    task: str | None = None
+    n_samples: int = DEFAULT_N_SAMPLES
+    seed: int = 0
+    n_first_rows: int | None = None
+    gripper_threshold_m: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    engine: EngineChoice = field(default_factory=EngineChoice)
+    layers: bool = False
+    calibration_record: Path | None = None
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> VerifyReport:
+    """Measure a bundle's error; whether it is too much is in the report.
+
+    Args:
+        options: what to measure.
+        progress: called with stage, done and total.
+
+    Raises:
+        SpecError: bundle, dataset, checkpoint or an option do not fit each other.
+        BuildError: the bundle answers NaN or infinity.
+    """
+    if options.reference is None and (options.layers or options.limits.is_absolute):
+        flag = "--layers" if options.layers else "--max-error"
+        raise SpecError(f"{flag} needs the float32 reference: give the checkpoint with --against")
+    ranges = _ranges(options.calibration_record)
+    bundle = Bundle.open(options.bundle, progress=progress)
+    spec = bundle.spec
+    ruler = make_ruler(
+        spec, n_first_rows=options.n_first_rows, threshold_m=options.gripper_threshold_m
+    )
+    with ExitStack() as stack:
+        dataset = stack.enter_context(LeRobotDataset.open(options.dataset))
+        reference, against = None, None
+        if options.reference is not None:
+            from gwp_edge.calibration.verify_reference import open_reference
+
+            reference = stack.enter_context(open_reference(bundle, options.reference, progress))
+        chosen = choose_verification(dataset, spec, n_samples=options.n_samples, seed=options.seed)
+        dataset.check_against(spec, episodes=chosen.episodes)
+        prompts = choose_prompts(
+            dataset,
+            spec,
+            chosen.episodes,
+            task=options.task,
+            files=() if reference is None else reference.prompt_files,
+        )
+        answers, golden = run_bundle(
+            bundle,
+            dataset,
+            chosen.frames,
+            prompts,
+            spec.canvas if reference is None else reference.spec.canvas,
+            seed=options.seed,
+            engine=options.engine,
+            progress=progress,
+        )
+        if reference is not None:
+            from gwp_edge.calibration.verify_against import run_reference
+
+            against = run_reference(
+                bundle, reference, answers, ruler, layers=options.layers, progress=progress
+            )
+        notes = _notes(bundle, dataset, chosen, against)
+        context = _context(options, bundle, dataset, chosen, ruler, answers)
+    return _report(options, bundle, ruler, context, answers, golden, against, notes, ranges)
+
+
+def _ranges(path: Path | None) -> tuple[StepRange, ...]:
+    if path is None:
+        return ()
+    from gwp_edge.calibration.record import load_record
+
+    return tuple(
+        StepRange(name=name, steps=tuple(seen.histogram(step).amax for step in seen.steps))
+        for name, seen in load_record(path).tensors.items()
+    )
+
+
+def _notes(
+    bundle: Bundle, dataset: LeRobotDataset, chosen: Frames, against: Against | None
+) -> tuple[str, ...]:
+    judged = judge_dataset(dataset)
+    notes = [f"{dataset.name} is not recorded data: {reason}" for reason in judged.reasons]
+    notes += [f"{dataset.name}: {note}" for note in judged.notes]
+    notes += judge_statistics(dataset, bundle.spec, chosen.episodes)
+    notes += [f"bundle: {note}" for note in bundle.manifest.provenance.notes]
+    notes += [chosen.note] if chosen.note else []
+    if against is not None:
+        return (*notes, *against.notes)
+    precision = bundle.manifest.precision.name
+    if precision == "fp32":
+        return (
+            *notes,
+            "no --against: the bundle computes in float32 itself, so only its export could be "
+            "wrong, which the golden output guards",
+        )
+    return (
+        *notes,
+        f"no --against: what {precision} costs was not measured, only the distance from the "
+        "recorded actions",
+    )
+
+
+def _context(
+    options: VerifyOptions,
+    bundle: Bundle,
+    dataset: LeRobotDataset,
+    chosen: Frames,
+    ruler: Ruler,
+    answers: Sequence[Answer],
+) -> Context:
+    engine, reference = options.engine, options.reference
+    return Context(
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        gwp_edge=gwp_edge.__version__,
+        machine=f"{platform.machine()} {platform.system()} {platform.release()}",
+        libraries={name: found for name in _LIBRARIES if (found := _version(name))},
+        bundle=str(bundle.root),
+        bundle_id=bundle.manifest.bundle_id,
+        precision=bundle.manifest.precision.name,
+        engine=f"{engine.name} {engine.provider}" if engine.name == "ort" else engine.name,
+        threads=engine.threads,
+        against=None if reference is None else str(reference.checkpoint),
+        dataset=dataset.name,
+        dataset_sha256=dataset.fingerprint(),
+        split_by=chosen.split_by,
+        episodes=chosen.episodes,
+        excluded_episodes=chosen.excluded,
+        samples=tuple(
+            SampleId(episode=a.episode, frame=a.frame, task=a.prompt.task) for a in answers
+        ),
+        seed=options.seed,
+        n_first_rows=ruler.n_first_rows,
+        period_ns=bundle.spec.period_ns,
+        n_rows=bundle.spec.n_rows,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _report(
+    options: VerifyOptions,
+    bundle: Bundle,
+    ruler: Ruler,
+    context: Context,
+    answers: Sequence[Answer],
+    golden: Check,
+    against: Against | None,
+    notes: tuple[str, ...],
+    ranges: tuple[StepRange, ...],
+) -> VerifyReport:
+    actions = [a.actions for a in answers]
+    recorded = [a.recorded for a in answers]
+    measured: Comparison | None = None
+    reference_open_loop: Comparison | None = None
+    checks = [golden]
+    if against is not None:
+        measured = compare(actions, against.actions, ruler, of="bundle", against=_FLOAT32)
+        reference_open_loop = compare(
+            against.actions, recorded, ruler, of=_FLOAT32, against=_RECORDED
+        )
+        checks += against.checks
+        checks += error_checks(measured, bundle.manifest.error, options.limits)
+    passed, line = verdict(checks, measured)
+    return VerifyReport(
+        passed=passed,
+        verdict=line,
+        checks=tuple(checks),
+        notes=notes,
+        context=context,
+        recorded_error=bundle.manifest.error,
+        reference=measured,
+        bundle_open_loop=compare(actions, recorded, ruler, of="bundle", against=_RECORDED),
+        reference_open_loop=reference_open_loop,
+        emulation=None if against is None else against.emulation,
+        layers=() if against is None else against.layers,
+        sensitivity=(),
+        ranges=ranges,
+        chunks=_plots(answers, None if against is None else against.actions),
+    )
+
+
+def _plots(answers: Sequence[Answer], reference: list[FloatArray] | None) -> tuple[PlotChunk, ...]:
+    """Return the worst sample, then others spread over the rest."""
+    truth = reference if reference is not None else [a.recorded for a in answers]
+    worst = [float(np.abs(a.actions - t).max()) for a, t in zip(answers, truth, strict=True)]
+    order = sorted(range(len(answers)), key=lambda i: -worst[i])
+    picked = [order[i * len(order) // _N_PLOTS] for i in range(min(_N_PLOTS, len(order)))]
+    return tuple(
+        PlotChunk(
+            episode=answers[i].episode,
+            frame=answers[i].frame,
+            task=answers[i].prompt.task,
+            bundle=_rows(answers[i].actions),
+            reference=None if reference is None else _rows(reference[i]),
+            recorded=_rows(answers[i].recorded),
+        )
+        for i in dict.fromkeys(picked)
+    )
+
+
+def _rows(actions: FloatArray) -> Rows:
+    return tuple(tuple(round(float(v), 6) for v in row) for row in actions)
