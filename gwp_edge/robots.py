@@ -29,6 +29,8 @@ CAMERAS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_camera",
     "sim": "gwp_edge.drivers.sim:create_camera",
     "realsense": "gwp_edge.drivers.realsense:create_camera",
+    "rs-file": "gwp_edge.drivers.recorded:create_rs_file_camera",
+    "lerobot": "gwp_edge.drivers.recorded:create_lerobot_camera",
 }
 WORLDS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_world",
