@@ -8,79 +8,30 @@ physics and real pictures. Faults can be planned, at a time after the first comm
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Final, Literal
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
 
-from gwp_edge.drivers import piper_model
+from gwp_edge.drivers.kinematic_state import (
+    SEGMENT_KEY,
+    WORD_FIRST_SEND_NS,
+    WORD_T0_NS,
+    KinematicOptions,
+    KinematicState,
+    channel_limits,
+    parse_options,
+    segment_bytes,
+    segment_name,
+)
 from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault, SpecError
-from gwp_edge.shared_memory import LatestRing, SharedSegment, aligned, unique_name
+from gwp_edge.shared_memory import SharedSegment, unique_name
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import ArmState, FloatArray, Frame, ImageArray, JointLimits
 
 logger = logging.getLogger(__name__)
-
-SEGMENT_KEY: Final = "kinematic_segment"
-_WORD_T0_NS, _WORD_FIRST_SEND_NS = 0, 1
-_WORDS_BYTES: Final = 64
-
-FaultKind = Literal[
-    "feedback-silence",
-    "feedback-error",
-    "nan-state",
-    "arm-fault",
-    "send-failure",
-    "send-dropped",
-    "stuck",
-    "camera-freeze",
-    "camera-failure",
-]
-
-
-class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A planned fault: what, when after the first command, and for how long."""
-
-    kind: FaultKind
-    at_s: float
-    for_s: float = math.inf
-
-
-class KinematicOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What may be chosen.
-
-    Attributes:
-        lag_s: time constant of every joint.
-        start_position: D values; by default the middle of the policy's state statistics.
-        fps: pictures per second.
-        width_px: image width.
-        height_px: image height.
-        faults: planned faults.
-        command_log: every command is appended to files that begin with this path; see
-            ``gwp_edge.testing.read_commands``.
-    """
-
-    lag_s: float = 0.04
-    start_position: tuple[float, ...] | None = None
-    fps: float = 30.0
-    width_px: int = 160
-    height_px: int = 120
-    faults: tuple[Fault, ...] = ()
-    command_log: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("lag_s", 1e-4, 10.0),
-            ("fps", 0.1, 1000.0),
-            ("width_px", 16, 4096),
-            ("height_px", 16, 4096),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name}: expected {low} to {high}, got {value}")
 
 
 def create_world(options: Mapping[str, object], spec: PolicySpec) -> KinematicWorld:
@@ -89,7 +40,7 @@ def create_world(options: Mapping[str, object], spec: PolicySpec) -> KinematicWo
     Raises:
         SpecError: an option is unknown, of another type, or out of range.
     """
-    return KinematicWorld(_parse(options), spec)
+    return KinematicWorld(parse_options(options), spec)
 
 
 def create_arm(options: Mapping[str, object], spec: PolicySpec) -> KinematicArm:
@@ -98,7 +49,7 @@ def create_arm(options: Mapping[str, object], spec: PolicySpec) -> KinematicArm:
     Raises:
         SpecError: an option does not fit, or there is no world.
     """
-    return KinematicArm(_segment_name(options), _parse(options), spec)
+    return KinematicArm(segment_name(options), parse_options(options), spec)
 
 
 def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> KinematicCamera:
@@ -107,22 +58,7 @@ def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) ->
     Raises:
         SpecError: an option does not fit, or there is no world.
     """
-    return KinematicCamera(role, _segment_name(options), _parse(options), spec)
-
-
-def channel_limits(spec: PolicySpec) -> JointLimits:
-    """Return PiPER's limits where the channels are one or two PiPER arms, else generic ones."""
-    units = [c.unit for c in spec.channels]
-    for n_arms in (1, 2):
-        if units == (["rad"] * 6 + ["m"]) * n_arms:
-            return piper_model.joint_limits(n_arms)
-    is_rad = np.array([u == "rad" for u in units])
-    return JointLimits(
-        position_min=np.where(is_rad, -math.pi, 0.0),
-        position_max=np.where(is_rad, math.pi, 0.1),
-        velocity_max=np.where(is_rad, 3.0, 0.1),
-        acceleration_max=np.where(is_rad, 5.0, 1.0),
-    )
+    return KinematicCamera(role, segment_name(options), parse_options(options), spec)
 
 
 class KinematicWorld:
@@ -146,9 +82,9 @@ class KinematicWorld:
     def start(self) -> Mapping[str, object]:
         """Make the shared memory; return its name and the world's options."""
         D = self._spec.n_channels
-        self._segment = SharedSegment.create(unique_name("kinematic"), _segment_bytes(D))
-        state = _SharedState(self._segment, D, self._options, channel_limits(self._spec))
-        state.words[_WORD_T0_NS] = time.monotonic_ns()
+        self._segment = SharedSegment.create(unique_name("kinematic"), segment_bytes(D))
+        state = KinematicState(self._segment, D, self._options, channel_limits(self._spec))
+        state.words[WORD_T0_NS] = time.monotonic_ns()
         state.write("motor", self._start, self._start, time.monotonic_ns())
         state.release()
         extra: dict[str, object] = msgspec.to_builtins(self._options)
@@ -165,68 +101,6 @@ class KinematicWorld:
             self._segment = None
 
 
-class _SharedState:
-    """Last command and the pose at that moment, one ring per commanding process."""
-
-    def __init__(
-        self,
-        segment: SharedSegment,
-        n_channels: int,
-        options: KinematicOptions,
-        limits: JointLimits,
-    ) -> None:
-        buffer = segment.buffer
-        size = aligned(LatestRing.size_bytes(_dtype(n_channels), 4))
-        self.words = buffer[:_WORDS_BYTES].cast("q")
-        self._rings = {
-            writer: LatestRing(
-                buffer[_WORDS_BYTES + i * size : _WORDS_BYTES + (i + 1) * size],
-                _dtype(n_channels),
-                4,
-            )
-            for i, writer in enumerate(("motor", "guardian"))
-        }
-        self._lag_s = options.lag_s
-        self._speed = limits.velocity_max
-        self._faults = options.faults
-
-    def write(self, writer: str, q: FloatArray, target: FloatArray, t_ns: int) -> None:
-        with self._rings[writer].writing() as slot:
-            slot["t_ns"] = t_ns
-            slot["q"][...] = q
-            slot["target"][...] = target
-
-    def at(self, t_ns: int) -> tuple[FloatArray, FloatArray]:
-        """Return pose and velocity at ``t_ns`` from the newest command of anybody."""
-        records = [newest[0] for ring in self._rings.values() if (newest := ring.latest())]
-        record: Any = max(records, key=lambda r: int(r["t_ns"]))
-        q, target = record["q"], record["target"]
-        dt_s = max(0.0, (t_ns - int(record["t_ns"])) / 1e9)
-        error = np.abs(target - q)
-        # At full speed while the error is larger than speed x lag, exponential from there on.
-        full_s = np.maximum(error - self._speed * self._lag_s, 0.0) / self._speed
-        rest = error - self._speed * np.minimum(dt_s, full_s)
-        rest = rest * np.exp(-np.maximum(dt_s - full_s, 0.0) / self._lag_s)
-        side = np.sign(target - q)
-        return target - side * rest, side * np.minimum(rest / self._lag_s, self._speed)
-
-    def fault_since_ns(self, kind: FaultKind, now_ns: int) -> int | None:
-        """Return when the planned fault ``kind`` began, or None while it is not on."""
-        first_ns = self.words[_WORD_FIRST_SEND_NS]
-        if first_ns == 0:
-            return None
-        since_s = (now_ns - first_ns) / 1e9
-        for fault in self._faults:
-            if fault.kind == kind and fault.at_s <= since_s < fault.at_s + fault.for_s:
-                return first_ns + round(fault.at_s * 1e9)
-        return None
-
-    def release(self) -> None:
-        for ring in self._rings.values():
-            ring.release()
-        self.words.release()
-
-
 class KinematicArm:
     """The arm. Threads: one owner per object; one object enables, any number only read and hold."""
 
@@ -236,7 +110,7 @@ class KinematicArm:
         self._spec = spec
         self._limits = channel_limits(spec)
         self._segment: SharedSegment | None = None
-        self._state: _SharedState | None = None
+        self._state: KinematicState | None = None
         self._enabled = False
         self._held: FloatArray | None = None
         self._log: BinaryIO | None = None
@@ -260,7 +134,7 @@ class KinematicArm:
         if self._segment is not None:
             raise DeviceError("the kinematic arm is open already; close it first")
         self._segment = SharedSegment.attach(self._segment_name)
-        self._state = _SharedState(
+        self._state = KinematicState(
             self._segment, self._spec.n_channels, self._options, self._limits
         )
         if enable:
@@ -309,8 +183,8 @@ class KinematicArm:
                 f"command: expected {self._spec.n_channels} finite values, got {position}; "
                 "nothing was sent"
             )
-        if state.words[_WORD_FIRST_SEND_NS] == 0:
-            state.words[_WORD_FIRST_SEND_NS] = now_ns
+        if state.words[WORD_FIRST_SEND_NS] == 0:
+            state.words[WORD_FIRST_SEND_NS] = now_ns
         if state.fault_since_ns("send-failure", now_ns) is not None:
             raise DeviceError("kinematic arm: cannot send (planned fault)")
         if state.fault_since_ns("send-dropped", now_ns) is not None:
@@ -339,7 +213,7 @@ class KinematicArm:
             self._segment.close()
             self._state = self._segment = None
 
-    def _opened(self) -> _SharedState:
+    def _opened(self) -> KinematicState:
         if self._state is None:
             raise DeviceError("the kinematic arm is not open; call open first")
         return self._state
@@ -368,7 +242,7 @@ class KinematicCamera:
         self._spec = spec
         self._limits = channel_limits(spec)
         self._segment: SharedSegment | None = None
-        self._state: _SharedState | None = None
+        self._state: KinematicState | None = None
         self._frame: Frame | None = None
 
     @property
@@ -384,7 +258,7 @@ class KinematicCamera:
         """
         if self._segment is None:
             self._segment = SharedSegment.attach(self._segment_name)
-            self._state = _SharedState(
+            self._state = KinematicState(
                 self._segment, self._spec.n_channels, self._options, self._limits
             )
 
@@ -400,7 +274,7 @@ class KinematicCamera:
         if self._state.fault_since_ns("camera-failure", now_ns) is not None:
             raise DeviceError(f"camera {self._role}: unplugged (planned fault)")
         frozen_ns = self._state.fault_since_ns("camera-freeze", now_ns)
-        t0_ns, period_ns = self._state.words[_WORD_T0_NS], 1e9 / self._options.fps
+        t0_ns, period_ns = self._state.words[WORD_T0_NS], 1e9 / self._options.fps
         idx = int(((now_ns if frozen_ns is None else frozen_ns) - t0_ns) / period_ns)
         if self._frame is None or self._frame.frame_idx < idx:
             t_captured_ns = t0_ns + round(idx * period_ns)
@@ -434,28 +308,3 @@ class KinematicCamera:
             top = height - 1 - int(part * (height - 1))
             image[top:, edges[i] : max(edges[i + 1] - 1, edges[i] + 1)] = (64 + 12 * i, 200, 120)
         return image
-
-
-def _parse(options: Mapping[str, object]) -> KinematicOptions:
-    given = {k: v for k, v in options.items() if k != SEGMENT_KEY}
-    try:
-        return msgspec.convert(given, KinematicOptions, strict=False)
-    except msgspec.ValidationError as e:
-        known = ", ".join(KinematicOptions.__struct_fields__)
-        raise SpecError(f"option of the kinematic robot: {e}; options are {known}") from e
-
-
-def _segment_name(options: Mapping[str, object]) -> str:
-    name = options.get(SEGMENT_KEY)
-    if not isinstance(name, str):
-        raise SpecError(f"the kinematic robot needs a started world ({SEGMENT_KEY})")
-    return name
-
-
-def _dtype(n_channels: int) -> np.dtype[np.void]:
-    shape = (n_channels,)
-    return np.dtype([("t_ns", np.int64), ("q", np.float64, shape), ("target", np.float64, shape)])
-
-
-def _segment_bytes(n_channels: int) -> int:
-    return _WORDS_BYTES + 2 * aligned(LatestRing.size_bytes(_dtype(n_channels), 4))

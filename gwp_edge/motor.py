@@ -6,18 +6,19 @@ Nothing but ``_send`` commands the arm, and what it sends has always gone throug
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault, SpecError
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault
 from gwp_edge.mailbox import Board
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.protocols import Arm, Clock
 from gwp_edge.safety import Limiter, TrackingMonitor
-from gwp_edge.schedule import Acceptance, Blend, Schedule
+from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
+
+__all__ = ["MotorLoop", "MotorOptions"]
 
 _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
@@ -26,56 +27,6 @@ _STANDING_TICKS = 3
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MotorOptions:
-    """How the motor process runs.
-
-    Attributes:
-        rate_hz: ticks per second.
-        lead_ns: how far ahead of the present the plan is read: the arm's own lag.
-        blend: how chunks follow each other.
-        synchronous: chunks start when they arrive; a plan that is used up waits for the next.
-        approach_rad_s: speed limit on the way from a hold to the plan and to the park pose.
-        approach_m_s: likewise for channels in metres.
-        dry_run: everything but sending; the arm is never enabled.
-        feedback_warn_ns: older feedback is reported.
-        feedback_hold_ns: older feedback stops the arm.
-        feedback_fault_ns: older feedback ends the run.
-        realtime: ask for SCHED_FIFO and locked memory.
-        priority: of SCHED_FIFO.
-        cpu: core to stay on.
-    """
-
-    rate_hz: float = 200.0
-    lead_ns: int = 0
-    blend: Blend = "seam"
-    synchronous: bool = False
-    approach_rad_s: float = 0.3
-    approach_m_s: float = 0.05
-    dry_run: bool = False
-    feedback_warn_ns: int = 20_000_000
-    feedback_hold_ns: int = 100_000_000
-    feedback_fault_ns: int = 500_000_000
-    realtime: bool = True
-    priority: int = 80
-    cpu: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 10.0 <= self.rate_hz <= 2000.0:
-            raise SpecError(f"motor rate: expected 10 to 2000 Hz, got {self.rate_hz}")
-        if not (self.approach_rad_s > 0 and self.approach_m_s > 0):
-            raise SpecError("approach speed must be positive")
-        if not 0 < self.feedback_warn_ns <= self.feedback_hold_ns <= self.feedback_fault_ns:
-            raise SpecError("feedback ages: expected 0 < warn <= hold <= fault")
-        if not 1 <= self.priority <= 99:
-            raise SpecError(f"priority: expected 1 to 99, got {self.priority}")
-
-    @property
-    def period_ns(self) -> int:
-        """Time between ticks, ns."""
-        return round(1e9 / self.rate_hz)
 
 
 class MotorLoop:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError
 from gwp_edge.mailbox import Board
-from gwp_edge.motor import MotorLoop, MotorOptions
+from gwp_edge.motor import MotorLoop
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.protocols import Arm
 from gwp_edge.realtime import make_realtime
 from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gwp_edge.errors import SpecError
-from gwp_edge.motor import MotorOptions
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.operator_input import Key
 from gwp_edge.policy_process import PolicyOptions
 from gwp_edge.robots import RobotConfig

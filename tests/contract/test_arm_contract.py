@@ -4,6 +4,7 @@ import pytest
 from arm_suite import ArmContract
 
 from gwp_edge.drivers import kinematic
+from gwp_edge.drivers.kinematic_state import channel_limits
 from gwp_edge.testing import FakeArm, FakeClock, make_spec
 
 
@@ -30,7 +31,7 @@ class TestFakeArm(ArmContract):
     @pytest.fixture
     def new_arm(self):
         spec = make_spec(1)
-        limits = kinematic.channel_limits(spec)
+        limits = channel_limits(spec)
         arms = []
 
         def make():

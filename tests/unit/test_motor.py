@@ -5,7 +5,8 @@ import pytest
 
 from gwp_edge.errors import DeviceError, DeviceTimeoutError
 from gwp_edge.mailbox import Board
-from gwp_edge.motor import MotorLoop, MotorOptions
+from gwp_edge.motor import MotorLoop
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.testing import FakeArm, FakeClock, make_spec
 from gwp_edge.types import Chunk, JointLimits

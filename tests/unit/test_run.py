@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from gwp_edge.motor import MotorOptions
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.operator_input import Key
 from gwp_edge.policy_process import PolicyOptions
