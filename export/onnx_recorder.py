@@ -216,7 +216,11 @@ class GraphRecorder:
         dtype, source_weights = STORED_TYPES[fmt], self.weights
 
         def produce() -> torch.Tensor:
-            return transform(source_weights.load(source).to(torch.float32)).to(dtype)
+            tensor = source_weights.load(source)
+            # Converting there and back would cost more time than reading and writing.
+            if tensor.dtype == dtype:
+                return transform(tensor)
+            return transform(tensor.to(torch.float32)).to(dtype)
 
         self._bank.add(StoredTensor(name=name, dtype=dtype, shape=tuple(shape), produce=produce))
         value = ir.Value(

@@ -61,16 +61,20 @@ class TorchOps:
         return self._weights.load(name).to(self._device, torch.float32)
 
     def _weight(self, name: str, fmt: Format) -> torch.Tensor:
-        return rounded(self.parameter(name), fmt)
+        weight = self._weights.load(name)
+        if weight.dtype == _DTYPES.get(fmt):
+            return weight.to(torch.float32)
+        return rounded(weight.to(torch.float32), fmt)
 
     def linear(self, x: torch.Tensor, name: str, *, order: Order | None = None) -> torch.Tensor:
         fmt = self._recipe.of(name)
         weight, bias = self._weight(f"{name}.weight", fmt), self.parameter(f"{name}.bias")
-        if order is not None:
-            weight, bias = weight[order], bias[order]
         if fmt in QUANTIZED_FORMATS:
-            return self._quantized(x, name, weight, fmt) + bias
-        return rounded(F.linear(rounded(x, fmt), weight), fmt) + bias
+            y = self._quantized(x, name, weight, fmt) + bias
+        else:
+            y = rounded(F.linear(rounded(x, fmt), weight), fmt) + bias
+        # Few results are moved rather than many weights.
+        return y if order is None else y[..., order]
 
     def _quantized(
         self, x: torch.Tensor, name: str, weight: torch.Tensor, fmt: Format

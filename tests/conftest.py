@@ -8,9 +8,9 @@ from pathlib import Path
 # Small networks on few cores: threads that spin while they wait only steal time from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
 
 REFERENCE = Path(__file__).resolve().parent / "data" / "reference"
 
