@@ -224,14 +224,13 @@ class Schedule:
         plan = _Plan(chunk, t_start_ns, self._limits.acceleration_max)
         if plan.ended(now_ns + self._lead_ns):
             return Acceptance.EXPIRED
-        if self._blend != "ensemble":
-            self._plans.clear()
-        self._plans.append(plan)
-        del self._plans[:-N_ENSEMBLE]
+        kept = self._plans if self._blend == "ensemble" else []
+        t_ns = now_ns + self._lead_ns
+        self._plans = [*(p for p in kept if not p.ended(t_ns)), plan][-N_ENSEMBLE:]
         self._t_newest_ns = chunk.t_observed_ns
         self._seam_time_ns = 0
         if seam and self._blend != "none":
-            new_position, new_velocity = self._evaluate(now_ns)
+            new_position, new_velocity = self._at(now_ns)
             self._set_seam(now_ns, position - new_position, velocity - new_velocity)
         return Acceptance.ACCEPTED
 

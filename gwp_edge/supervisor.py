@@ -263,6 +263,9 @@ class Supervisor:
             time.sleep(_POLL_S)
             self._collect()
             if name == "motor" and code == 0 and self._words[Word.MOTOR_ENDED]:
+                if self._words[Word.GUARDIAN_TRIPPED_NS] or self._is_in_fault():
+                    self._findings.end("fault", self._fault_text())
+                    return True
                 self._findings.end("terminated", "the motor process was asked to stop")
                 return True
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -272,16 +275,22 @@ class Supervisor:
             return True
         return False
 
+    def _is_in_fault(self) -> bool:
+        return self._words[Word.MOTOR_MODE] == Mode.FAULT
+
+    def _fault_text(self) -> str:
+        return self._findings.last_fault or "the arm reported a fault"
+
     def _see_fault(self) -> bool:
-        if self._words[Word.GUARDIAN_TRIPPED_NS] or self._words[Word.MOTOR_MODE] == Mode.FAULT:
-            # The process writes its line before or after its mode; give it a moment.
-            time.sleep(_POLL_S)
-            self._collect()
-            if "motor" in self._processes and self._processes["motor"].exitcode not in (None, 0):
-                return self._see_processes()
-            self._findings.end("fault", self._findings.last_fault or "the arm reported a fault")
-            return True
-        return False
+        if not (self._words[Word.GUARDIAN_TRIPPED_NS] or self._is_in_fault()):
+            return False
+        # The process writes its line before or after its mode; give it a moment.
+        time.sleep(_POLL_S)
+        self._collect()
+        if "motor" in self._processes and self._processes["motor"].exitcode not in (None, 0):
+            return self._see_processes()
+        self._findings.end("fault", self._fault_text())
+        return True
 
     def _see_signals(self) -> bool:
         signals = self.signals
@@ -360,7 +369,7 @@ class Supervisor:
         words, findings = self._words, self._findings
         if words[Word.GUARDIAN_HOLD_SENT_NS]:
             findings.standing = "the guardian sent hold; the arm holds its measured pose"
-        elif words[Word.MOTOR_ARMED]:
+        elif words[Word.MOTOR_ARMED] or words[Word.GUARDIAN_TRIPPED_NS]:
             findings.fail("crashed", "the motor process died")
             findings.standing = "NOBODY HOLDS THE ARM: it follows its last target; use the e-stop"
         elif words[Word.MOTOR_N_TICKS] and not self._options.motor.dry_run:
