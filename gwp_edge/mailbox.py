@@ -87,6 +87,18 @@ class RecordRing:
         fence()
         self._count[0] = count + 1
 
+    def newest(self) -> npt.NDArray[Any] | None:
+        """Return a copy of the newest record, or None before the first."""
+        while True:
+            count = self._count[0]
+            if count == 0:
+                return None
+            fence()
+            record: npt.NDArray[Any] = self.records[(count - 1) % self._n_slots].copy()
+            fence()
+            if self._count[0] - count < self._n_slots - 1:
+                return record
+
     def drain(self) -> npt.NDArray[Any]:
         """Return copies of the records since the last call, oldest first."""
         end = self._count[0]
@@ -156,8 +168,8 @@ class Board:
         parts = {key: buffer[start : start + size] for key, (start, size) in sections.items()}
         self.words = parts["words"][: 8 * len(Word)].cast("q")
         self._chunks = LatestRing(parts["chunks"], _chunk_dtype(n_channels, n_rows), 4)
-        self._states = RecordRing(parts["states"], _state_dtype(n_channels), _N_STATES)
-        self._commands = LatestRing(parts["commands"], _command_dtype(n_channels), 4)
+        self._states = RecordRing(parts["states"], state_dtype(n_channels), _N_STATES)
+        self._commands = RecordRing(parts["commands"], command_dtype(n_channels), _N_STATES)
         self.ticks = RecordRing(parts["ticks"], TICK_DTYPE, _N_TICKS)
         self.timings = RecordRing(parts["timings"], TIMING_DTYPE, _N_TIMINGS)
         self._event_rings = {
@@ -233,17 +245,29 @@ class Board:
 
     def publish_command(self, position: npt.NDArray[np.float64], t_ns: int) -> None:
         """Note the command that was sent. Writer: motor process."""
-        with self._commands.writing() as slot:
-            slot["t_ns"] = t_ns
-            slot["position"][...] = position
+        self._commands.append((t_ns, position))
 
     def last_command(self) -> tuple[npt.NDArray[np.float64], int] | None:
         """Return the last command sent, (D,), and its time."""
-        newest = self._commands.latest()
-        if newest is None:
+        record = self._commands.newest()
+        if record is None:
             return None
-        record, _ = newest
         return np.array(record["position"]), int(record["t_ns"])
+
+    def new_commands(self) -> npt.NDArray[Any]:
+        """Return the commands since the last call: t_ns, position (D,)."""
+        return self._commands.drain()
+
+    @property
+    def n_lost(self) -> dict[str, int]:
+        """Records that this object was too slow to read, by kind."""
+        rings = {
+            "states": self._states,
+            "commands": self._commands,
+            "ticks": self.ticks,
+            "timings": self.timings,
+        }
+        return {kind: ring.n_lost for kind, ring in rings.items()}
 
     def close(self) -> None:
         """Unmap; safe to call twice. The arrays of this object must not be used any more."""
@@ -286,7 +310,8 @@ def _chunk_dtype(n_channels: int, n_rows: int) -> np.dtype[np.void]:
     )
 
 
-def _state_dtype(n_channels: int) -> np.dtype[np.void]:
+def state_dtype(n_channels: int) -> np.dtype[np.void]:
+    """Return the record of one state: t_ns, enabled, position (D,), velocity (D,)."""
     return np.dtype(
         [
             ("t_ns", np.int64),
@@ -297,7 +322,8 @@ def _state_dtype(n_channels: int) -> np.dtype[np.void]:
     )
 
 
-def _command_dtype(n_channels: int) -> np.dtype[np.void]:
+def command_dtype(n_channels: int) -> np.dtype[np.void]:
+    """Return the record of one command: t_ns, position (D,)."""
     return np.dtype([("t_ns", np.int64), ("position", np.float64, (n_channels,))])
 
 
@@ -306,8 +332,8 @@ def _sections(n_channels: int, n_rows: int) -> dict[str, tuple[int, int]]:
     sizes = {
         "words": 8 * len(Word),
         "chunks": LatestRing.size_bytes(_chunk_dtype(n_channels, n_rows), 4),
-        "commands": LatestRing.size_bytes(_command_dtype(n_channels), 4),
-        "states": RecordRing.size_bytes(_state_dtype(n_channels), _N_STATES),
+        "commands": RecordRing.size_bytes(command_dtype(n_channels), _N_STATES),
+        "states": RecordRing.size_bytes(state_dtype(n_channels), _N_STATES),
         "ticks": RecordRing.size_bytes(TICK_DTYPE, _N_TICKS),
         "timings": RecordRing.size_bytes(TIMING_DTYPE, _N_TIMINGS),
         "lateness": 8 * N_HISTOGRAM_BINS,

@@ -25,6 +25,21 @@ from gwp_edge.telemetry import StageTimes
 from gwp_edge.types import Chunk, Float32Array, FloatArray, ImageArray, Observation
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PredictTrace:
+    """What one ``predict`` passed from stage to stage, for records and replays.
+
+    Attributes:
+        canvas: uint8 RGB, (h, w, 3).
+        latent: (1, C, h/16, w/16), float32.
+        noise: the starting noise, (H, A), float32.
+    """
+
+    canvas: ImageArray
+    latent: Float32Array
+    noise: Float32Array
+
+
 class BundlePolicy:
     """A bundle on an engine. Threads: one owner.
 
@@ -52,6 +67,7 @@ class BundlePolicy:
         self._no_prefix = np.zeros(rows, np.float32)
         self._no_gain = np.zeros((self._spec.n_rows, 1), np.float32)
         self._timing: StageTimes | None = None
+        self._trace: PredictTrace | None = None
         self._n_chunks = 0
         self.task = task if task is not None else self._spec.tasks[0]
         engine.set_prompt(self.task)
@@ -71,6 +87,11 @@ class BundlePolicy:
         if self._timing is None:
             raise SpecError("no chunk was predicted yet, so there are no stage times")
         return self._timing
+
+    @property
+    def trace(self) -> PredictTrace | None:
+        """What the last ``predict`` passed from stage to stage; None before the first."""
+        return self._trace
 
     def predict(
         self,
@@ -94,10 +115,10 @@ class BundlePolicy:
         t_start = time.monotonic_ns()
         canvas = compose_canvas(observation, self._spec.canvas)
         state_norm = normalise_state(observation.state, self._spec)
-        x = self._noise(noise)
-        guide = self._guide(observation, previous, guidance, x)
+        start = self._noise(noise)
+        guide = self._guide(observation, previous, guidance, start)
         stages = [time.monotonic_ns() - t_start]
-        x = self._sample(canvas, state_norm, guide, stages)
+        x, latent = self._sample(canvas, state_norm, guide, stages)
         t_post = time.monotonic_ns()
         chunk = Chunk(
             actions=actions_from_network(x, observation.state, self._spec),
@@ -106,6 +127,7 @@ class BundlePolicy:
             chunk_idx=self._n_chunks,
         )
         self._n_chunks += 1
+        self._trace = PredictTrace(canvas=canvas, latent=latent, noise=start)
         self._timing = StageTimes(
             preprocess_ns=stages[0],
             vision_ns=stages[1],
@@ -164,7 +186,7 @@ class BundlePolicy:
         state_norm: Float32Array,
         guide: tuple[int, Float32Array, Float32Array, Float32Array],
         stages: list[int],
-    ) -> Float32Array:
+    ) -> tuple[Float32Array, Float32Array]:
         first, x, prefix, gain = guide
         t_last = time.monotonic_ns()
 
@@ -181,7 +203,7 @@ class BundlePolicy:
         for step_idx in range(first, self._spec.sampler.n_steps):
             x = self._engine.denoise(x, step_idx, prefix, gain[step_idx])
             lap()
-        return x
+        return x, latent
 
     def predict_from_canvas(
         self, canvas: ImageArray, state: FloatArray, noise: Float32Array
