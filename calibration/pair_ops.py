@@ -21,6 +21,9 @@ from gwp_edge.export.ops import Order
 from gwp_edge.export.precision import Format
 from gwp_edge.export.torch_ops import TorchOps
 
+# So that an output that should be zero and is not still gets a number.
+_SILENCE = 1e-300
+
 
 class Pair(NamedTuple):
     """One value of the network, computed twice."""
@@ -57,7 +60,7 @@ def _sqnr_db(power: float, error: float) -> float | None:
     """Return signal over error in dB; None where there is no error."""
     if error == 0:
         return None
-    return 10 * math.log10(power / error) if power > 0 else -math.inf
+    return 10 * math.log10(max(power, _SILENCE) / error)
 
 
 @dataclass
