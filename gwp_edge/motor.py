@@ -54,7 +54,12 @@ class MotorLoop:
         self._options = options
         self._park = park
         channels = arm.channels
-        self._limiter = Limiter(limits, period_s=options.period_ns / 1e9, channels=channels)
+        self._limiter = Limiter(
+            limits,
+            period_s=options.period_ns / 1e9,
+            channels=channels,
+            refuse_far=options.refuse_far,
+        )
         self._schedule = Schedule(
             limits, lead_ns=options.lead_ns, blend=options.blend, rebase=options.synchronous
         )

@@ -23,6 +23,8 @@ class MotorOptions:
         feedback_warn_ns: older feedback is reported.
         feedback_hold_ns: older feedback stops the arm.
         feedback_fault_ns: older feedback ends the run.
+        refuse_far: refuse plans far outside the position limits; false clips them, for simulated
+            arms only.
         realtime: ask for SCHED_FIFO and locked memory.
         priority: of SCHED_FIFO.
         cpu: core to stay on.
@@ -38,6 +40,7 @@ class MotorOptions:
     feedback_warn_ns: int = 20_000_000
     feedback_hold_ns: int = 100_000_000
     feedback_fault_ns: int = 500_000_000
+    refuse_far: bool = True
     realtime: bool = True
     priority: int = 80
     cpu: int | None = None

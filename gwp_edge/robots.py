@@ -88,6 +88,11 @@ class ObservationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 
 # Software rendering on a busy machine is slow, and nobody stands next to a simulated arm.
+# Pictures near the canvas's size, so that drawing leaves the policy its processor time.
+_WORLD_OPTIONS: Final[dict[str, dict[str, int]]] = {
+    "kinematic": {},
+    "sim": {"width_px": 320, "height_px": 240},
+}
 _SIMULATED: Final = ObservationConfig(
     frame_age_ms=500.0, frame_skew_ms=500.0, state_age_ms=500.0, stall_ms=2000.0
 )
@@ -161,7 +166,7 @@ def built_in_robot(name: str, spec: PolicySpec) -> RobotConfig:
             name=name,
             arm=ArmConfig(kind=name),
             cameras=tuple(CameraConfig(role=r, kind=name) for r in spec.cameras),
-            world=DeviceConfig(kind=name),
+            world=DeviceConfig(kind=name, options=dict(_WORLD_OPTIONS[name])),
             observation=_SIMULATED,
         )
     n_arms = 2 if name == "piper-dual" else 1

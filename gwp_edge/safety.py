@@ -7,6 +7,7 @@ they are never clipped, because NaN passes through clamps and an absurd target i
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -100,6 +101,9 @@ class Limiter:
     everything comes out as it went in. A target that jumped is chased at a speed from which the
     command can settle on it without overshoot.
 
+    A finite target far outside the position limits is refused: the plan is not for this robot.
+    With ``refuse_far`` false, for simulated arms, it is clipped like any other.
+
     A pose outside the position limits (PiPER rests on its stops) is not corrected by a motion of
     its own: the limit in force follows the command inwards and never lets it out again.
 
@@ -110,7 +114,12 @@ class Limiter:
     """
 
     def __init__(
-        self, limits: JointLimits, *, period_s: float, channels: Sequence[Channel] = ()
+        self,
+        limits: JointLimits,
+        *,
+        period_s: float,
+        channels: Sequence[Channel] = (),
+        refuse_far: bool = True,
     ) -> None:
         if not period_s > 0:
             raise SpecError(f"limiter: period must be positive, got {period_s} s")
@@ -127,8 +136,9 @@ class Limiter:
                     speed_max=0.0,
                     step=float(limits.acceleration_max[i]) * period_s * period_s,
                     free_way=0.0,
-                    reject_low=low - beyond,
-                    reject_high=high + beyond,
+                    # Infinity lies outside of either.
+                    reject_low=low - beyond if refuse_far else -sys.float_info.max,
+                    reject_high=high + beyond if refuse_far else sys.float_info.max,
                 )
             )
         self._speed_max = [float(v) * period_s for v in limits.velocity_max]

@@ -97,7 +97,8 @@ def run(
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
     config = load_robot(robot, spec)
     skipped = frozenset(skip_check or ())
-    if config.world is not None:
+    simulated = config.world is not None
+    if simulated:
         # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
         skipped |= _ADVISORY_IN_SIMULATION
     options = RunOptions(
@@ -125,6 +126,7 @@ def run(
             blend=blend,  # type: ignore[arg-type]
             synchronous=synchronous,
             dry_run=dry_run,
+            refuse_far=not simulated,
             realtime=realtime,
         ),
         duration_s=duration,

@@ -206,3 +206,14 @@ def test_limiter_far_outside_is_rejected_and_near_outside_is_clamped():
         limiter.step(np.array([HIGH + 0.1]))
         assert limiter.rejected is None
     assert limiter.position[0] == HIGH
+
+
+@given(st.lists(anything, min_size=1, max_size=40))
+def test_limiter_that_clips_far_targets_still_keeps_every_limit(targets):
+    limiter = Limiter(_limits(), period_s=PERIOD_S, refuse_far=False)
+    limiter.seed(np.array([0.0]))
+    out = [0.0]
+    for target in targets:
+        out.append(float(limiter.step(np.array([target]))[0]))
+        assert (limiter.rejected is None) == math.isfinite(target)
+    _check_limits(np.array(out))
