@@ -265,14 +265,18 @@ def test_matmul_model_multiplies(shape):
     rng = np.random.default_rng(0)
     weight, x = rng.normal(size=(k, m)).astype(np.float32), rng.normal(size=(n, k))
     session = ort.InferenceSession(
-        machine_limits._matmul_model(n, weight), providers=["CPUExecutionProvider"]
+        machine_limits._matmul_model(n, weight, 3), providers=["CPUExecutionProvider"]
     )
-    (y,) = session.run(None, {"x": x.astype(np.float32)})
-    np.testing.assert_allclose(y, x @ weight, rtol=1e-4, atol=1e-4)
+    answers = session.run(None, {"x": x.astype(np.float32)})
+    assert len(answers) == 3
+    for i, y in enumerate(answers):
+        weight[-1, -1] = i  # each turn has a weight of its own
+        np.testing.assert_allclose(y, x @ weight, rtol=1e-4, atol=1e-4)
 
 
 def test_measure_limits_small_problem_gives_positive_rates(monkeypatch):
     monkeypatch.setattr(machine_limits, "_MIN_SECONDS_PER_RATE", 0.0)
+    monkeypatch.setattr(machine_limits, "_TURNS_BYTES", 1 << 12)
     seen = []
     limits = measure_limits(
         1, shapes=[(8, 8, 8), (4, 16, 8)], stream_bytes=1 << 16, progress=lambda *a: seen.append(a)
