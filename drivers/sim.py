@@ -198,6 +198,11 @@ class SimCamera:
         """Role name as in the spec."""
         return self._role
 
+    @property
+    def ring_name(self) -> str:
+        """Name of the ring that holds its frames, for other readers."""
+        return self._ring_name
+
     def open(self) -> None:
         """Attach to the world's frames.
 

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from os import getppid
 from typing import cast
@@ -15,7 +15,7 @@ import numpy as np
 
 from gwp_edge.chunking import Guidance, frozen_rows
 from gwp_edge.clock import MonotonicClock
-from gwp_edge.errors import GwpError, SpecError, StaleError
+from gwp_edge.errors import DeviceError, GwpError, SpecError, StaleError
 from gwp_edge.mailbox import Board
 from gwp_edge.observe import ObservationLimits, Observer, StateHistory
 from gwp_edge.preflight import (
@@ -25,7 +25,8 @@ from gwp_edge.preflight import (
     check_latency,
     check_statistics,
 )
-from gwp_edge.protocols import Camera, Policy
+from gwp_edge.protocols import Camera, HealthReporter, Policy
+from gwp_edge.record_tap import PolicyTap
 from gwp_edge.robots import RobotConfig, create_camera, import_callable
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, PolicyPhase, Word
@@ -52,6 +53,7 @@ class PolicyOptions:
         replan_hz: chunks per second at most; None for as many as possible.
         synchronous: plan only while the arm stands at the end of the last plan.
         limits: when an observation is too old; None takes the robot's.
+        tap: where to hand every chunk to a recorder; None records nothing.
     """
 
     factory: str
@@ -61,6 +63,7 @@ class PolicyOptions:
     replan_hz: float | None = None
     synchronous: bool = False
     limits: ObservationLimits | None = None
+    tap: str | None = None
 
     def __post_init__(self) -> None:
         if self.replan_hz is not None and not 0 < self.replan_hz <= 1000:
@@ -94,7 +97,11 @@ def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
             cameras.append(create_camera(config, spec, setup.extra))
             cameras[-1].open()
         policy = _load(options, spec)
-        _Runner(board, policy, cameras, setup, options).run()
+        runner = _Runner(board, policy, cameras, setup, options)
+        try:
+            runner.run()
+        finally:
+            runner.close()
         board.words[Word.POLICY_PHASE] = PolicyPhase.ENDED
     except GwpError as e:
         board.words[Word.POLICY_PHASE] = PolicyPhase.FAILED
@@ -108,8 +115,21 @@ def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
         if policy is not None:
             policy.close()
         for camera in cameras:
+            report_health(camera, say)
             camera.close()
         board.close()
+
+
+def report_health(camera: Camera, say: Callable[[EventKind, str], None]) -> None:
+    """Say how a camera has fared, if it keeps count; a warning where it was not perfect."""
+    try:
+        if not isinstance(camera, HealthReporter):
+            return
+        health = camera.health
+    except DeviceError:
+        return  # it was never opened, and that has been said
+    kind = EventKind.INFO if health.is_good else EventKind.WARNING
+    say(kind, f"camera {camera.name}: {health}")
 
 
 def _load(options: PolicyOptions, spec: PolicySpec) -> Policy:
@@ -151,6 +171,8 @@ class _Runner:
         self._t_last_observed_ns = -1
         self._t_stale_since_ns: int | None = None
         self._t_warned_ns = 0
+        self._used: tuple[int, Guidance | None] = (-1, None)
+        self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
 
     def run(self) -> None:
         """Check, warm up, then plan until told to stop."""
@@ -206,12 +228,13 @@ class _Runner:
 
     def _predict(self, observation: Observation) -> Chunk:
         self._n_frozen = 0
+        self._used = (-1, None)
         in_motion = self._words[Word.MOTOR_MODE] == Mode.RUN
         if not in_motion or self._previous is None or self._options.guidance.method == "none":
             return self._policy.predict(observation)
-        return self._policy.predict(
-            observation, previous=self._previous, guidance=self._guidance(observation)
-        )
+        guidance = self._guidance(observation)
+        self._used = (self._previous.chunk_idx, guidance)
+        return self._policy.predict(observation, previous=self._previous, guidance=guidance)
 
     def _guidance(self, observation: Observation) -> Guidance:
         latency_ns = round(float(np.percentile(self._latencies_ns, 95)))
@@ -252,6 +275,34 @@ class _Runner:
                 self._n_frozen,
             )
         )
+        self._record(chunk, observation, t_started_ns, t_published_ns)
+
+    def _record(
+        self, chunk: Chunk, observation: Observation, t_started_ns: int, t_published_ns: int
+    ) -> None:
+        if self._tap is None:
+            return
+        previous_idx, guidance = self._used
+        try:
+            self._tap.write(
+                chunk,
+                observation,
+                self._policy,
+                t_started_ns=t_started_ns,
+                t_published_ns=t_published_ns,
+                previous_idx=previous_idx,
+                guidance=guidance,
+            )
+        except DeviceError as e:
+            # A run without its record is better than no run.
+            self._say(EventKind.WARNING, f"no longer recording: {e}")
+            self._tap.close()
+            self._tap = None
+
+    def close(self) -> None:
+        """Let go of the recorder's memory."""
+        if self._tap is not None:
+            self._tap.close()
 
     # Preflight
 

@@ -6,7 +6,7 @@ Each has a contract suite under tests/contract that every implementation passes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import (
@@ -65,6 +65,29 @@ class Camera(Protocol):
 
     def close(self) -> None:
         """Stop; safe to call twice and after a failed ``open``."""
+        ...
+
+
+class Health(Protocol):
+    """How a device has fared; ``str`` of it is one line."""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing went wrong."""
+        ...
+
+
+@runtime_checkable
+class HealthReporter(Protocol):
+    """A camera that counts its own trouble; the run's summary then tells it."""
+
+    @property
+    def health(self) -> Health:
+        """Up to now.
+
+        Raises:
+            DeviceError: not open.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gwp_edge.errors import SpecError
 from gwp_edge.motor_options import MotorOptions
@@ -30,6 +31,7 @@ class RunOptions:
         recover_timeout_s: a hold that does not end by then ends the run, if nobody is there.
         interactive: an operator watches: holds wait for a key instead of a time.
         skip_checks: names of preflight checks whose failure is reported and ignored.
+        record: new folder to record the run to; None records nothing.
     """
 
     spec: PolicySpec
@@ -43,6 +45,7 @@ class RunOptions:
     recover_timeout_s: float = 10.0
     interactive: bool = False
     skip_checks: frozenset[str] = frozenset()
+    record: Path | None = None
 
     def __post_init__(self) -> None:
         if self.duration_s is not None and not self.duration_s > 0:

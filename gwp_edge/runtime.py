@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from pathlib import Path
 
+from gwp_edge.errors import DeviceError
 from gwp_edge.mailbox import Board
 from gwp_edge.operator_input import SignalInput
+from gwp_edge.record import Recorder
 from gwp_edge.robots import create_world
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
 from gwp_edge.run_report import Findings, summarise
@@ -43,12 +47,39 @@ def run(
     world = create_world(options.robot, options.spec)
     board = Board.create(options.spec.n_channels, options.spec.n_rows)
     findings = Findings()
-    supervisor = Supervisor(options, board, world, findings, on_status, keys)
+    recorder: Recorder | None = None
     try:
+        if options.record is not None:
+            recorder = _start_recorder(options, options.record, board)
+            policy = dataclasses.replace(options.policy, tap=recorder.tap_name)
+            options = dataclasses.replace(options, policy=policy)
+        supervisor = Supervisor(options, board, world, findings, on_status, keys)
         with SignalInput() as signals:
             supervisor.signals = signals
             supervisor.run()
+        if recorder is not None:
+            for problem in recorder.stop():
+                findings.note_fault(problem)
         return summarise(board, options.spec, findings)
     finally:
+        if recorder is not None:
+            recorder.stop()
         board.close()
         board.unlink()
+
+
+def _start_recorder(options: RunOptions, folder: Path, board: Board) -> Recorder:
+    recorder = Recorder(
+        folder,
+        board,
+        options.spec,
+        options.robot,
+        policy={"factory": options.policy.factory, **options.policy.kwargs},
+        task=str(options.policy.kwargs.get("task") or ""),
+    )
+    try:
+        recorder.await_ready()
+    except DeviceError:
+        recorder.stop()
+        raise
+    return recorder

@@ -28,7 +28,7 @@ from gwp_edge.types import ClockDomain, Frame, ImageArray
 VERSION: Final = 1
 TABLES: Final = ("states", "commands", "ticks", "timings", "chunks", "frames")
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
-_DOMAINS: Final[tuple[ClockDomain, ...]] = get_args(ClockDomain)
+DOMAINS: Final[tuple[ClockDomain, ...]] = get_args(ClockDomain)
 Codec = Literal["png", "jpeg"]
 _CODECS: Final[tuple[Codec, ...]] = get_args(Codec)
 _JPEG_QUALITY: Final = 95
@@ -170,7 +170,7 @@ class SessionWriter:
             frame.frame_idx,
             frame.t_captured_ns,
             frame.t_received_ns,
-            _DOMAINS.index(frame.domain),
+            DOMAINS.index(frame.domain),
             _CODECS.index(codec),
             self._pictures.tell(),
             data.tell(),
@@ -280,7 +280,7 @@ class Session:
             t_captured_ns=int(record["t_captured_ns"]),
             t_received_ns=int(record["t_received_ns"]),
             frame_idx=int(record["frame_idx"]),
-            domain=_DOMAINS[int(record["domain"])],
+            domain=DOMAINS[int(record["domain"])],
         )
 
     def events(self) -> list[tuple[str, Event]]:

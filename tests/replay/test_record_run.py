@@ -1,0 +1,182 @@
+"""Recording a run: what is kept, that nothing waits for it, and what a kill leaves."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from gwp_edge.errors import DeviceError, SpecError
+from gwp_edge.mailbox import Board
+from gwp_edge.motor import MotorOptions
+from gwp_edge.observe import ObservationLimits
+from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.record import Recorder
+from gwp_edge.robots import load_robot
+from gwp_edge.runtime import RunOptions, run
+from gwp_edge.session_format import Session
+from gwp_edge.shared_memory import PREFIX, SHM_DIR
+from gwp_edge.status import EventKind, Mode
+from gwp_edge.testing import make_spec
+
+SPEC = make_spec(cameras=("cam_high", "cam_left_wrist"))
+# Generous: nothing here measures speed.
+LIMITS = ObservationLimits(
+    frame_age_ns=400_000_000, state_age_ns=2_000_000_000, stall_ns=2_000_000_000
+)
+MOTOR = MotorOptions(
+    feedback_warn_ns=1_000_000_000, feedback_hold_ns=2_000_000_000, feedback_fault_ns=4_000_000_000
+)
+
+
+def recorded_run(folder, **changes):
+    options = RunOptions(
+        spec=SPEC,
+        robot=load_robot("kinematic", SPEC),
+        policy=PolicyOptions(
+            factory="gwp_edge.testing:create_scripted_policy",
+            kwargs={"spec": SPEC, "swing_s": 1.0, "latency_s": 0.05},
+            limits=LIMITS,
+        ),
+        motor=MOTOR,
+        duration_s=1.0,
+        guardian_timeout_s=2.0,
+        record=folder,
+    )
+    return run(dataclasses.replace(options, **changes))
+
+
+def memory_files():
+    return {p.name for p in SHM_DIR.glob(f"{PREFIX}*") if "-tap-" in p.name}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "session"
+    before = memory_files()
+    summary = recorded_run(folder)
+    assert summary.exit_code == 0, summary.message
+    assert memory_files() <= before
+    return summary, Session.open(folder)
+
+
+def test_session_holds_every_chunk_with_what_made_it(session):
+    summary, recorded = session
+    assert recorded.end is not None
+    lost = recorded.end.n_lost
+    assert len(recorded.chunks) + lost["chunks"] == summary.n_chunks
+    assert len(recorded.chunks) >= 3
+    for chunk in recorded.chunks:
+        frames = [recorded.frame(int(row)) for row in chunk["frame_rows"]]
+        assert [f.camera for f in frames] == list(SPEC.cameras)
+        assert min(f.t_captured_ns for f in frames) == chunk["t_observed_ns"]
+        assert {f.domain for f in frames} == {"sim"}
+        assert chunk["t_observed_ns"] <= chunk["t_started_ns"] <= chunk["t_published_ns"]
+        assert np.isfinite(chunk["actions"]).all()
+        assert chunk["period_ns"] == SPEC.period_ns
+    guided = recorded.chunks[recorded.chunks["previous_idx"] >= 0]
+    assert (guided["previous_idx"] == guided["chunk_idx"] - 1).all()
+    assert len(guided) >= 1
+    assert (guided["n_frozen_rows"] > 0).all()
+
+
+def test_session_holds_states_commands_and_ticks_in_order(session):
+    summary, recorded = session
+    for table in (recorded.states["t_ns"], recorded.commands["t_ns"], recorded.ticks["t_woke_ns"]):
+        assert len(table) > 50
+        assert (np.diff(table) > 0).all()
+    assert len(recorded.ticks) + recorded.end.n_lost["ticks"] == summary.n_ticks
+    # What was commanded is what the ticks say was sent.
+    assert len(recorded.commands) == pytest.approx(len(recorded.ticks), abs=2)
+    assert Mode.RUN in recorded.ticks["mode"]
+
+
+def test_session_says_what_ran_and_what_was_said(session):
+    _, recorded = session
+    assert recorded.spec == SPEC
+    assert recorded.header.policy["factory"] == "gwp_edge.testing:create_scripted_policy"
+    assert recorded.header.robot["name"] == "kinematic"
+    assert recorded.header.software["numpy"] == np.__version__
+    events = recorded.events()
+    assert {who for who, _ in events} >= {"policy"}
+    assert any(e.kind is EventKind.CHECK_PASSED for _, e in events)
+
+
+def test_recorded_pictures_are_exact(session):
+    """The kinematic camera draws flat colours, which JPEG would change."""
+    _, recorded = session
+    row = int(recorded.chunks[0]["frame_rows"][0])
+    colours = np.unique(recorded.frame(row).image.reshape(-1, 3), axis=0)
+    tint = sum(b"cam_high") % 64
+    assert [tint, 48, 96 - tint] in colours.tolist()
+
+
+def test_session_cut_off_by_a_kill_is_read_up_to_its_last_record(session, tmp_path):
+    _, recorded = session
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for path in recorded.folder.iterdir():
+        data = path.read_bytes()
+        if path.name == "end.json":
+            continue
+        (cut / path.name).write_bytes(data[:-3] if path.suffix == ".tbl" else data)
+    again = Session.open(cut)
+    assert again.end is None
+    assert len(again.chunks) == len(recorded.chunks) - 1
+    assert len(again.states) == len(recorded.states) - 1
+    assert (again.commands == recorded.commands[:-1]).all()
+
+
+def test_record_into_a_used_folder_is_refused_before_anything_starts(tmp_path):
+    (tmp_path / "something").touch()
+    with pytest.raises(SpecError, match="is not empty"):
+        recorded_run(tmp_path)
+
+
+def test_recorder_that_dies_does_not_stop_the_run(tmp_path):
+    board = Board.create(SPEC.n_channels, SPEC.n_rows)
+    recorder = Recorder(
+        tmp_path / "s", board, SPEC, load_robot("kinematic", SPEC), policy={"factory": "x"}
+    )
+    try:
+        recorder.await_ready()
+        os.kill(recorder._process.pid, signal.SIGKILL)
+        (problem,) = recorder.stop()
+        assert "incomplete" in problem
+        assert recorder.stop() == []
+    finally:
+        board.close()
+        board.unlink()
+    assert Session.open(tmp_path / "s").end is None
+
+
+def test_recorder_that_cannot_start_says_why(tmp_path):
+    board = Board.create(SPEC.n_channels, SPEC.n_rows)
+    board.unlink()
+    recorder = Recorder(
+        tmp_path / "s", board, SPEC, load_robot("kinematic", SPEC), policy={"factory": "x"}
+    )
+    try:
+        with pytest.raises(DeviceError, match=r"did not start.*is not there"):
+            recorder.await_ready()
+    finally:
+        recorder.stop()
+        board.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "version", "malformed"])
+def test_open_what_is_no_session_is_refused(tmp_path, session, damage):
+    _, recorded = session
+    text = (recorded.folder / "session.json").read_text()
+    if damage == "version":
+        (tmp_path / "session.json").write_text(text.replace('"version": 1', '"version": 99'))
+    elif damage == "malformed":
+        (tmp_path / "session.json").write_text(text[: len(text) // 2])
+    expected = {
+        "missing": "is no session",
+        "version": "of version 1, got 99",
+        "malformed": "malformed",
+    }
+    with pytest.raises(SpecError, match=expected[damage]):
+        Session.open(tmp_path)
