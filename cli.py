@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gwp_edge.commands import exporting, inference, machine, running
+from gwp_edge.commands import benching, exporting, inference, machine, running
 from gwp_edge.console import one_line_errors, say
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ for command in (
     exporting.inspect,
     inference.infer,
     running.run,
+    benching.bench,
     machine.doctor,
 ):
     app.command()(command)
