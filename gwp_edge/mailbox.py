@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.errors import SpecError
+from gwp_edge.profiling.stamps import STAMP_DTYPE
 from gwp_edge.shared_memory import LatestRing, SharedSegment, aligned, fence, unique_name
 from gwp_edge.status import Event, EventKind, Word
 from gwp_edge.types import ArmState, Chunk
@@ -33,7 +34,8 @@ TICK_DTYPE: Final = np.dtype(
         ("row", np.float32),
         ("flags", np.int32),
         ("mode", np.int32),
-        ("unused", np.int32),
+        # What the driver took to send; 0 where nothing was sent.
+        ("send_ns", np.int32),
     ]
 )
 TIMING_DTYPE: Final = np.dtype(
@@ -153,6 +155,7 @@ class Board:
         events: a ring per process: ``motor``, ``policy``, ``guardian``.
         ticks: the motor's tick log.
         timings: one record per chunk, by the policy process.
+        stamps: likewise, in detail, for profiles.
         lateness_us: histogram of the motor's wake-up lateness, 1 us bins; the last one is open.
         busy_us: histogram of the time from wake-up to sent, likewise.
         interventions: shape (D, 3), ticks limited by position, velocity, acceleration.
@@ -172,6 +175,7 @@ class Board:
         self._commands = RecordRing(parts["commands"], command_dtype(n_channels), _N_STATES)
         self.ticks = RecordRing(parts["ticks"], TICK_DTYPE, _N_TICKS)
         self.timings = RecordRing(parts["timings"], TIMING_DTYPE, _N_TIMINGS)
+        self.stamps = RecordRing(parts["stamps"], STAMP_DTYPE, _N_STAMPS)
         self._event_rings = {
             who: RecordRing(parts[f"events_{who}"], _EVENT_DTYPE, _N_EVENTS) for who in _SPEAKERS
         }
@@ -266,6 +270,7 @@ class Board:
             "commands": self._commands,
             "ticks": self.ticks,
             "timings": self.timings,
+            "stamps": self.stamps,
         }
         return {kind: ring.n_lost for kind, ring in rings.items()}
 
@@ -276,6 +281,7 @@ class Board:
         self._closed = True
         for ring in (self._chunks, self._commands, self._states, self.ticks, self.timings):
             ring.release()
+        self.stamps.release()
         for ring in self._event_rings.values():
             ring.release()
         self.lateness_us = self.busy_us = self.interventions = np.empty(0, np.int64)
@@ -291,6 +297,7 @@ _SPEAKERS: Final = ("motor", "policy", "guardian")
 _N_STATES: Final = 512
 _N_TICKS: Final = 1 << 16
 _N_TIMINGS: Final = 1024
+_N_STAMPS: Final = 256
 _N_EVENTS: Final = 128
 
 
@@ -336,6 +343,7 @@ def _sections(n_channels: int, n_rows: int) -> dict[str, tuple[int, int]]:
         "states": RecordRing.size_bytes(state_dtype(n_channels), _N_STATES),
         "ticks": RecordRing.size_bytes(TICK_DTYPE, _N_TICKS),
         "timings": RecordRing.size_bytes(TIMING_DTYPE, _N_TIMINGS),
+        "stamps": RecordRing.size_bytes(STAMP_DTYPE, _N_STAMPS),
         "lateness": 8 * N_HISTOGRAM_BINS,
         "busy": 8 * N_HISTOGRAM_BINS,
         "interventions": 8 * 3 * n_channels,

@@ -80,6 +80,7 @@ class MotorLoop:
         self._t_warned_ns = 0
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
+        self._send_ns = 0
 
     def begin(self, state: ArmState) -> None:
         """Hold the measured pose from now on.
@@ -120,6 +121,7 @@ class MotorLoop:
             t_woke_ns=now_ns,
             t_feedback_ns=self._t_feedback_ns,
             sent=sent,
+            send_ns=self._send_ns,
             mode=self.mode,
         )
         return not self._is_over()
@@ -344,11 +346,13 @@ class MotorLoop:
             self._hold(HoldReason.TRACKING, lost, now_ns)
 
     def _send(self, command: FloatArray) -> bool:
+        self._send_ns = 0
         if self._options.dry_run:
             return False
         # In a fault the brake goes out as long as it moves; then the line is left alone.
         if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
             return False
+        t_begin_ns = self._clock.now_ns()
         try:
             self._arm.send(command)
         except DeviceTimeoutError as e:
@@ -361,5 +365,7 @@ class MotorLoop:
             self._fault(str(e))
             return False
         self._n_dropped = 0
-        self._board.publish_command(command, self._clock.now_ns())
+        t_sent_ns = self._clock.now_ns()
+        self._send_ns = t_sent_ns - t_begin_ns
+        self._board.publish_command(command, t_sent_ns)
         return True

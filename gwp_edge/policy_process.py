@@ -25,6 +25,7 @@ from gwp_edge.preflight import (
     check_latency,
     check_statistics,
 )
+from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Camera, HealthReporter, Policy
 from gwp_edge.record_tap import PolicyTap
 from gwp_edge.robots import RobotConfig, create_camera, import_callable
@@ -171,6 +172,7 @@ class _Runner:
         self._t_last_observed_ns = -1
         self._t_stale_since_ns: int | None = None
         self._t_warned_ns = 0
+        self._t_published_ns = 0
         self._used: tuple[int, Guidance | None] = (-1, None)
         self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
 
@@ -191,7 +193,11 @@ class _Runner:
                 self._clock.sleep_until_ns(now_ns + _POLL_NS)
                 continue
             self._t_last_observed_ns = observation.t_observed_ns
-            self._publish(self._predict(observation), observation, now_ns)
+            t_built_ns = self._clock.now_ns()
+            chunk = self._predict(observation)
+            t_predicted_ns = self._clock.now_ns()
+            self._publish(chunk, observation, now_ns)
+            self._stamp(observation, now_ns, t_built_ns, t_predicted_ns)
             t_next_ns = max(t_next_ns + period_ns, now_ns)
 
     def _is_over(self) -> bool:
@@ -255,6 +261,7 @@ class _Runner:
         self._n_chunks += 1
         self._words[Word.POLICY_N_CHUNKS] = self._n_chunks
         self._latencies_ns.append(t_published_ns - t_started_ns)
+        self._t_published_ns = t_published_ns
         # What the motor process rejects must not lead the next chunk either.
         self._previous = chunk if np.isfinite(chunk.actions).all() else None
         times = [f.t_captured_ns for f in observation.frames]
@@ -276,6 +283,22 @@ class _Runner:
             )
         )
         self._record(chunk, observation, t_started_ns, t_published_ns)
+
+    def _stamp(
+        self, observation: Observation, t_started_ns: int, t_built_ns: int, t_predicted_ns: int
+    ) -> None:
+        self._board.stamps.append(
+            stamp_record(
+                self._n_chunks - 1,
+                observation,
+                self._policy.timing,
+                t_started_ns=t_started_ns,
+                t_built_ns=t_built_ns,
+                t_predicted_ns=t_predicted_ns,
+                t_published_ns=self._t_published_ns,
+                n_frozen_rows=self._n_frozen,
+            )
+        )
 
     def _record(
         self, chunk: Chunk, observation: Observation, t_started_ns: int, t_published_ns: int
@@ -316,13 +339,25 @@ class _Runner:
         self._check(check_statistics(self._spec, observation.state))
         chunk: Chunk | None = None
         latency_ns = 0
-        for _ in range(_N_WARM_UP):
+        for i in range(_N_WARM_UP):
             fresh = self._await_observation()
             if fresh is None:
                 return False
             observation, t_ns = fresh, self._clock.now_ns()
             chunk = self._policy.predict(observation)
-            latency_ns = self._clock.now_ns() - t_ns
+            t_predicted_ns = self._clock.now_ns()
+            latency_ns = t_predicted_ns - t_ns
+            self._board.stamps.append(
+                stamp_record(
+                    -1 - i,
+                    observation,
+                    self._policy.timing,
+                    t_started_ns=t_ns,
+                    t_built_ns=t_ns,
+                    t_predicted_ns=t_predicted_ns,
+                    t_published_ns=t_predicted_ns,
+                )
+            )
         self._latencies_ns.append(latency_ns)
         self._check(check_latency(latency_ns, self._spec, synchronous=self._options.synchronous))
         if chunk is not None:

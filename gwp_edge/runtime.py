@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Protocol
 
 from gwp_edge.errors import DeviceError
 from gwp_edge.mailbox import Board
@@ -22,11 +23,24 @@ __all__ = ["RunOptions", "RunStatus", "RunSummary", "run"]
 logger = logging.getLogger(__name__)
 
 
+class Watcher(Protocol):
+    """Listens to the board of a run from a thread of its own, such as a profiler."""
+
+    def begin(self, board_name: str) -> None:
+        """Begin; the board is there and nothing runs yet."""
+        ...
+
+    def end(self) -> None:
+        """Take the last records and let go of the board; every process has ended. Safe twice."""
+        ...
+
+
 def run(
     options: RunOptions,
     *,
     on_status: StatusCallback | None = None,
     keys: KeySource | None = None,
+    watcher: Watcher | None = None,
 ) -> RunSummary:
     """Run a policy on a robot until the duration, a signal, a key or a fault ends it.
 
@@ -34,6 +48,7 @@ def run(
         options: what to run.
         on_status: called from this thread about 20 times a second.
         keys: polled for operator keys; see ``operator_input.TerminalKeys``.
+        watcher: listens to the board; it never makes the run wait.
 
     Returns:
         The summary; ``exit_code`` and ``message`` say how it ended. Faults of devices and
@@ -53,6 +68,8 @@ def run(
             recorder = _start_recorder(options, options.record, board)
             policy = dataclasses.replace(options.policy, tap=recorder.tap_name)
             options = dataclasses.replace(options, policy=policy)
+        if watcher is not None:
+            watcher.begin(board.name)
         supervisor = Supervisor(options, board, world, findings, on_status, keys)
         with SignalInput() as signals:
             supervisor.signals = signals
@@ -62,6 +79,8 @@ def run(
                 findings.note_fault(problem)
         return summarise(board, options.spec, findings)
     finally:
+        if watcher is not None:
+            watcher.end()
         if recorder is not None:
             recorder.stop()
         board.close()

@@ -12,6 +12,7 @@ from gwp_edge.schedule import Schedule
 from gwp_edge.status import Mode, TickFlag, Word
 
 _LATE_NS: Final = 1_000_000
+_MAX_SEND_NS: Final = 2**31 - 1
 
 
 class TickLog:
@@ -24,9 +25,16 @@ class TickLog:
         self._schedule = schedule
 
     def write(
-        self, *, t_planned_ns: int, t_woke_ns: int, t_feedback_ns: int, sent: bool, mode: Mode
+        self,
+        *,
+        t_planned_ns: int,
+        t_woke_ns: int,
+        t_feedback_ns: int,
+        sent: bool,
+        send_ns: int,
+        mode: Mode,
     ) -> None:
-        """Note one tick that has just been sent, or not."""
+        """Note one tick that has just been sent, or not; ``send_ns`` is the driver's share."""
         t_sent_ns = self._clock.now_ns()
         board, words = self._board, self._board.words
         late_ns = max(0, t_woke_ns - t_planned_ns)
@@ -51,7 +59,7 @@ class TickLog:
                 self._schedule.row(t_woke_ns),
                 flags,
                 int(mode),
-                0,
+                min(send_ns, _MAX_SEND_NS),
             )
         )
 

@@ -1,0 +1,1 @@
+"""Where every millisecond goes: stamps, percentiles, verdicts, traces and pages of one run."""

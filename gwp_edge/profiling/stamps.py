@@ -1,0 +1,93 @@
+"""What the policy process notes about every chunk, on the one clock of the machine.
+
+One binary record per chunk in a ring of the board, written after the chunk was published, so that
+noting it delays no command. Adoption and first command come from the motor's tick log.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from gwp_edge.telemetry import StageTimes
+from gwp_edge.types import Observation
+
+MAX_STEPS: Final = 64
+MAX_CAMERAS: Final = 8
+
+# Stages of one prediction end at ``t_predicted_ns`` and follow each other without gaps, so their
+# moments need no stamps of their own. ``chunk_idx`` is negative for the calls of the preflight:
+# -1 the first. What exceeds MAX_STEPS is summed in ``denoise_rest_ns``.
+STAMP_DTYPE: Final = np.dtype(
+    [
+        ("chunk_idx", np.int64),
+        ("n_cameras", np.int64),
+        ("n_steps", np.int64),
+        ("n_frozen_rows", np.int64),
+        ("t_observed_ns", np.int64),
+        ("t_state_ns", np.int64),
+        ("t_started_ns", np.int64),
+        ("t_built_ns", np.int64),
+        ("t_predicted_ns", np.int64),
+        ("t_published_ns", np.int64),
+        ("preprocess_ns", np.int64),
+        ("vision_ns", np.int64),
+        ("prefill_ns", np.int64),
+        ("postprocess_ns", np.int64),
+        ("denoise_rest_ns", np.int64),
+        ("denoise_ns", np.int64, (MAX_STEPS,)),
+        ("t_captured_ns", np.int64, (MAX_CAMERAS,)),
+        ("t_received_ns", np.int64, (MAX_CAMERAS,)),
+        ("frame_idx", np.int64, (MAX_CAMERAS,)),
+    ]
+)
+
+
+def stamp_record(
+    chunk_idx: int,
+    observation: Observation,
+    timing: StageTimes,
+    *,
+    t_started_ns: int,
+    t_built_ns: int,
+    t_predicted_ns: int,
+    t_published_ns: int,
+    n_frozen_rows: int = 0,
+) -> tuple[object, ...]:
+    """Return one record of ``STAMP_DTYPE``, fields in order.
+
+    Args:
+        chunk_idx: of the chunk; negative for a call of the preflight.
+        observation: what it was predicted from.
+        timing: stage times of the prediction.
+        t_started_ns: the loop turned to the cameras.
+        t_built_ns: the observation was complete.
+        t_predicted_ns: the prediction was there.
+        t_published_ns: the chunk was handed over.
+        n_frozen_rows: rows that guidance kept.
+    """
+    frames = observation.frames[:MAX_CAMERAS]
+    no_frames = (0,) * (MAX_CAMERAS - len(frames))
+    steps = timing.denoise_ns[:MAX_STEPS]
+    return (
+        chunk_idx,
+        len(frames),
+        len(timing.denoise_ns),
+        n_frozen_rows,
+        observation.t_observed_ns,
+        observation.t_state_ns,
+        t_started_ns,
+        t_built_ns,
+        t_predicted_ns,
+        t_published_ns,
+        timing.preprocess_ns,
+        timing.vision_ns,
+        timing.prefill_ns,
+        timing.postprocess_ns,
+        sum(timing.denoise_ns[MAX_STEPS:]),
+        steps + (0,) * (MAX_STEPS - len(steps)),
+        tuple(f.t_captured_ns for f in frames) + no_frames,
+        tuple(f.t_received_ns for f in frames) + no_frames,
+        tuple(f.frame_idx for f in frames) + no_frames,
+    )
