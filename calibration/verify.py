@@ -30,6 +30,7 @@ from gwp_edge.calibration.verify_frames import (
     choose_verification,
     judge_statistics,
 )
+from gwp_edge.calibration.verify_record import RecordView, view_record
 from gwp_edge.calibration.verify_schema import (
     Check,
     Comparison,
@@ -37,7 +38,6 @@ from gwp_edge.calibration.verify_schema import (
     PlotChunk,
     Rows,
     SampleId,
-    StepRange,
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
@@ -71,7 +71,8 @@ class VerifyOptions:
         limits: what is too much.
         engine: what runs the bundle.
         layers: judge every layer too.
-        calibration_record: file with the ranges to show.
+        calibration_record: what the bundle was calibrated with: its samples are left out, its
+            ranges shown.
     """
 
     bundle: Path
@@ -106,7 +107,7 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
     if options.reference is None and (options.layers or options.limits.is_absolute):
         flag = "--layers" if options.layers else "--max-error"
         raise SpecError(f"{flag} needs the float32 reference: give the checkpoint with --against")
-    ranges = _ranges(options.calibration_record)
+    record = view_record(options.calibration_record)
     bundle = Bundle.open(options.bundle, progress=progress)
     spec = bundle.spec
     ruler = make_ruler(
@@ -142,22 +143,17 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             from gwp_edge.calibration.verify_against import run_reference
 
             against = run_reference(
-                bundle, reference, answers, ruler, layers=options.layers, progress=progress
+                bundle,
+                reference,
+                answers,
+                ruler,
+                layers=options.layers,
+                threads=options.engine.threads,
+                progress=progress,
             )
-        notes = _notes(bundle, dataset, chosen, against)
+        notes = (*record.notes, *_notes(bundle, dataset, chosen, against))
         context = _context(options, bundle, dataset, chosen, ruler, answers)
-    return _report(options, bundle, ruler, context, answers, golden, against, notes, ranges)
-
-
-def _ranges(path: Path | None) -> tuple[StepRange, ...]:
-    if path is None:
-        return ()
-    from gwp_edge.calibration.record import load_record
-
-    return tuple(
-        StepRange(name=name, steps=tuple(seen.histogram(step).amax for step in seen.steps))
-        for name, seen in load_record(path).tensors.items()
-    )
+    return _report(options, bundle, ruler, context, answers, golden, against, notes, record)
 
 
 def _notes(
@@ -236,13 +232,13 @@ def _report(
     golden: Check,
     against: Against | None,
     notes: tuple[str, ...],
-    ranges: tuple[StepRange, ...],
+    record: RecordView,
 ) -> VerifyReport:
     actions = [a.actions for a in answers]
     recorded = [a.recorded for a in answers]
     measured: Comparison | None = None
     reference_open_loop: Comparison | None = None
-    checks = [golden]
+    checks = [golden, *record.checks]
     if against is not None:
         measured = compare(actions, against.actions, ruler, of="bundle", against=_FLOAT32)
         reference_open_loop = compare(
@@ -264,7 +260,7 @@ def _report(
         emulation=None if against is None else against.emulation,
         layers=() if against is None else against.layers,
         sensitivity=(),
-        ranges=ranges,
+        ranges=record.ranges,
         chunks=_plots(answers, None if against is None else against.actions),
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from safetensors.torch import load_file
 
 from gwp_edge.bundle import Bundle
@@ -54,6 +56,7 @@ def run_reference(
     ruler: Ruler,
     *,
     layers: bool,
+    threads: int | None = None,
     progress: Progress,
 ) -> Against:
     """Answer the samples in float32 and compare what both sides are made of.
@@ -63,7 +66,8 @@ def run_reference(
         reference: the open checkpoint.
         answers: the bundle's answers, with their inputs.
         ruler: how to compare.
-        layers: judge every layer on the first samples.
+        layers: judge every layer on a few samples.
+        threads: CPU threads of torch; None leaves the number to it.
         progress: called with stage, done and total.
     """
     used = list(dict.fromkeys(a.prompt for a in answers))
@@ -77,7 +81,8 @@ def run_reference(
         progress(stage, done, len(inputs))
 
     progress(stage, 0, len(inputs))
-    actions = reference.answer(inputs, [caches[a.prompt] for a in answers], advance)
+    with _torch_threads(threads):
+        actions = reference.answer(inputs, [caches[a.prompt] for a in answers], advance)
     checks = [_specification(bundle, reference), _prompts(bundle, caches)]
     notes = [*reference.notes, *_origin(bundle, reference)]
     emulation: Comparison | None = None
@@ -86,15 +91,16 @@ def run_reference(
         # Spread over the episodes: samples are sorted by place.
         step = max(1, len(inputs) // MAX_LAYER_SAMPLES)
         picked = range(0, len(inputs), step)[:MAX_LAYER_SAMPLES]
-        emulation, layer_reports = _layers(
-            bundle,
-            reference,
-            [inputs[i] for i in picked],
-            [answers[i].prompt for i in picked],
-            caches,
-            ruler,
-            progress,
-        )
+        with _torch_threads(threads):
+            emulation, layer_reports = _layers(
+                bundle,
+                reference,
+                [inputs[i] for i in picked],
+                [answers[i].prompt for i in picked],
+                caches,
+                ruler,
+                progress,
+            )
     return Against(
         actions=actions,
         checks=tuple(checks),
@@ -102,6 +108,18 @@ def run_reference(
         emulation=emulation,
         layers=layer_reports,
     )
+
+
+@contextmanager
+def _torch_threads(n: int | None) -> Iterator[None]:
+    """Limit torch's threads for a while; the number belongs to the whole process."""
+    before = torch.get_num_threads()
+    if n is not None:
+        torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _specification(bundle: Bundle, reference: FloatReference) -> Check:

@@ -23,7 +23,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineChoice:
-    """Which engine runs the bundle, and how; ``threads`` None leaves the number to it."""
+    """Which engine runs the bundle, and how.
+
+    Attributes:
+        name: of the engine.
+        provider: for ``ort``.
+        threads: CPU threads of the engine, and of torch for the reference; None leaves the
+            number to them.
+    """
 
     name: str = "ort"
     provider: str = "cpu"

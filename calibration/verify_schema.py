@@ -175,7 +175,7 @@ class Context(_Struct, frozen=True, kw_only=True):
         bundle_id: its identity.
         precision: its precision.
         engine: engine and provider that ran it.
-        threads: CPU threads of the engine, or None for its own choice.
+        threads: CPU threads of engine and reference, or None for their own choice.
         against: checkpoint of the float32 reference, or None.
         dataset: name.
         dataset_sha256: fingerprint of its tables.

@@ -75,7 +75,8 @@ def verify(
     ] = 4.0,
     layers: Annotated[bool, typer.Option("--layers", help="Judge every layer in torch.")] = False,
     calibration_record: Annotated[
-        Path | None, typer.Option("--calibration-record", help="Show the ranges in this record.")
+        Path | None,
+        typer.Option("--calibration-record", help="Leave out its samples, show its ranges."),
     ] = None,
     engine: EngineOption = "ort",
     provider: ProviderOption = "cpu",
