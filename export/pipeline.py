@@ -302,7 +302,8 @@ def _record(inputs: _Inputs, bank: WeightBank) -> list[Graph]:
             prefill_graph(inputs.weights, spec, recipe, bank, form),
             denoise_graph(inputs.weights, spec, recipe, bank, form),
         ]
-    return result
+    # A graph of float32 layers alone is the same in either form.
+    return [g for g in result if g.form == "native" or any(c.format != "fp32" for c in g.costs)]
 
 
 def _graph_file(graph: Graph) -> str:
@@ -433,7 +434,8 @@ def _manifest(
 
 
 def _graph_set(graphs: Sequence[Graph], form: str) -> GraphSet:
-    return GraphSet(**{g.stage: _graph_file(g) for g in graphs if g.form == form})
+    files = {g.stage: _graph_file(g) for g in graphs if g.form == "native"}
+    return GraphSet(**{**files, **{g.stage: _graph_file(g) for g in graphs if g.form == form}})
 
 
 def _precision(recipe: Recipe, graphs: Sequence[Graph]) -> Precision:

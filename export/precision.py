@@ -35,6 +35,8 @@ INT4_BLOCKS = (32, 64, 128)
 
 # Small, at the ends of the path, and every error there is an error of the action itself.
 _HIGH = re.compile(r"^(state_encoder|action_encoder|action_decoder)\.")
+_VISION = re.compile(r"^(encoder\.|quant_conv$)")
+_NO_BF16_CONVOLUTION = "ONNX has no bfloat16 convolution before opset 22"
 # The linear layers that carry nearly all weights. Text keys and values are computed at export.
 _QUANTIZABLE = re.compile(
     r"^blocks\.\d+\.(?:\w+_expert\.)?"
@@ -93,7 +95,11 @@ class Recipe:
         if self.default != "fp32" and _HIGH.match(layer):
             return "fp32", "encoder or decoder of state and action: small, error goes to the action"
         if self.default in QUANTIZED_FORMATS and not is_quantizable(layer):
+            if self.rest == "bf16" and _VISION.match(layer):
+                return "fp32", _NO_BF16_CONVOLUTION
             return self.rest, "outside the linear layers of the blocks: few weights, high precision"
+        if self.default == "bf16" and _VISION.match(layer):
+            return "fp32", _NO_BF16_CONVOLUTION
         return self.default, f"{self.name} bundle"
 
     def threshold(self, stage: str, layer: str) -> float:
