@@ -129,6 +129,7 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             task=options.task,
             files=() if reference is None else reference.prompt_files,
         )
+        checks = (*record.checks, *record.check_samples(dataset, spec.n_rows))
         answers, golden = run_bundle(
             bundle,
             dataset,
@@ -153,7 +154,9 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             )
         notes = (*record.notes, *_notes(bundle, dataset, chosen, against))
         context = _context(options, bundle, dataset, chosen, ruler, answers)
-    return _report(options, bundle, ruler, context, answers, golden, against, notes, record)
+    return _report(
+        options, bundle, ruler, context, answers, (golden, *checks), against, notes, record
+    )
 
 
 def _notes(
@@ -229,7 +232,7 @@ def _report(
     ruler: Ruler,
     context: Context,
     answers: Sequence[Answer],
-    golden: Check,
+    own_checks: tuple[Check, ...],
     against: Against | None,
     notes: tuple[str, ...],
     record: RecordView,
@@ -238,7 +241,7 @@ def _report(
     recorded = [a.recorded for a in answers]
     measured: Comparison | None = None
     reference_open_loop: Comparison | None = None
-    checks = [golden, *record.checks]
+    checks = [*own_checks]
     if against is not None:
         measured = compare(actions, against.actions, ruler, of="bundle", against=_FLOAT32)
         reference_open_loop = compare(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.record import CalibrationRecord, load_record
+from gwp_edge.calibration.sampling import SampleRef, hash_sample
 from gwp_edge.calibration.verify_schema import Check, StepRange
 
 # Fewer cannot say whether a range still grows: an eighth of them is less than one.
 MIN_SAMPLES = 8
 # A few late outliers are normal; a quarter of all ranges still growing is too few samples.
 _MAX_GROWING = 0.25
+_N_REHASHED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,7 @@ class RecordView:
     """A record as a verification needs it.
 
     Attributes:
+        record: the record, or None without one.
         ranges: largest magnitude of each input by step.
         checks: whether the samples are enough.
         notes: what a user must know.
@@ -33,8 +36,35 @@ class RecordView:
 
     def frames(self, dataset: LeRobotDataset) -> Collection[tuple[int, int]]:
         """Return the (episode, frame) pairs of ``dataset`` that calibration saw."""
+        return {(ref.episode, ref.frame) for ref in self.refs_into(dataset)}
+
+    def refs_into(self, dataset: LeRobotDataset) -> tuple[SampleRef, ...]:
+        """Return the references into ``dataset``, which is known by its name."""
         refs = self.record.samples if self.record is not None else ()
-        return {(r.episode, r.frame) for r in refs if r.dataset == dataset.name}
+        return tuple(ref for ref in refs if ref.dataset == dataset.name)
+
+    def check_samples(self, dataset: LeRobotDataset, n_rows: int) -> tuple[Check, ...]:
+        """Look at a few calibration samples again: are they what the dataset holds?
+
+        Cameras that were exchanged, an edited episode or another decoder show here.
+        """
+        if self.record is None:
+            return ()
+        refs = self.refs_into(dataset)
+        if not refs:
+            text = f"none of them is in {dataset.name}"
+            return (Check(name="calibration samples", passed=None, text=text),)
+        step = -(-len(refs) // _N_REHASHED)
+        picked = refs[::step]
+        for ref in picked:
+            if hash_sample(dataset.sample(ref.episode, ref.frame, n_rows=n_rows)) != ref.sha256:
+                text = (
+                    f"episode {ref.episode}, frame {ref.frame} is not what calibration saw: "
+                    "pictures, cameras, state, actions or task differ"
+                )
+                return (Check(name="calibration samples", passed=False, text=text),)
+        text = f"{len(picked)} of {len(refs)} looked at, as calibration saw them"
+        return (Check(name="calibration samples", passed=True, text=text),)
 
 
 def view_record(path: Path | None) -> RecordView:

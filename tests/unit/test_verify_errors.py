@@ -53,8 +53,12 @@ def test_compare_reports_first_rows_apart():
     result = compare(given, chunks(), RULER, of="a", against="b")
     assert result.all_rows.joints_rad.max == 1.0
     assert result.first_rows.joints_rad.max == 0.0
-    given[0][1, 0] = 0.25
-    assert compare(given, chunks(), RULER, of="a", against="b").first_rows.joints_rad.max == 0.25
+    assert result.channels[0].all_rows.max == 1.0
+    assert result.channels[0].first_rows.max == 0.0
+    given[2][1, 0] = 0.25
+    result = compare(given, chunks(), RULER, of="a", against="b")
+    assert result.first_rows.joints_rad.max == result.channels[0].first_rows.max == 0.25
+    assert result.first_rows.n_chunks == 3
 
 
 def test_compare_quantiles_are_those_of_all_samples_together():
