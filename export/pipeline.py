@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,7 @@ class _Source:
         self._checkpoint = checkpoint
         self._budget_bytes = 0
         self._kept: dict[str, torch.Tensor] = {}
+        self._finite: set[str] = set()
 
     @contextmanager
     def keeping(self, budget_bytes: int) -> Iterator[None]:
@@ -133,7 +135,11 @@ class _Source:
         kept = self._kept.get(name)
         if kept is not None:
             return kept
-        tensor = self._checkpoint.load_finite(name)
+        if name in self._finite:
+            tensor = self._checkpoint.load(name)
+        else:
+            tensor = self._checkpoint.load_finite(name)
+            self._finite.add(name)
         if ".visual_expert." not in name and tensor.nbytes <= self._budget_bytes:
             self._budget_bytes -= tensor.nbytes
             self._kept[name] = tensor
@@ -265,16 +271,19 @@ def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundl
         for graph in graphs:
             ir.save(graph.model(bank), work / _graph_file(graph))
         with _bytes_progress(progress, "write weights", bank.n_bytes) as advance:
-            bank.write(work / WEIGHTS_FILE, advance)
+            weights_hash = bank.write(work / WEIGHTS_FILE, advance)
         prompts = _write_prompts(inputs, work, progress)
         modulation = tables.denoise_rows(inputs.weights, inputs.spec)
         save_file({"modulation": modulation.contiguous()}, work / TABLES_FILE)
-        with inputs.weights.keeping(KEPT_BYTES):
+        # Hashing runs beside the arithmetic; both leave the interpreter lock alone.
+        with ThreadPoolExecutor(1, "hash") as pool, inputs.weights.keeping(KEPT_BYTES):
+            hashing = pool.submit(inputs.checkpoint.source_hashes)
             golden, error = _write_golden(inputs, work, progress)
-        sources = inputs.checkpoint.source_bytes
-        with _bytes_progress(progress, "hash checkpoint", sources) as advance:
-            hashes = inputs.checkpoint.source_hashes(advance)
-        manifest = _manifest(inputs, graphs, prompts, golden, error, work, hashes, progress)
+            progress("hash checkpoint", 0, 1)
+            sources = hashing.result()
+            progress("hash checkpoint", 1, 1)
+        files = _hash_files(work, {WEIGHTS_FILE: weights_hash}, progress)
+        manifest = _manifest(inputs, graphs, prompts, golden, error, files, sources)
         _save_manifest(manifest, work)
         if _wants_engine(options, bank):
             progress("check on ONNX Runtime", 0, 1)
@@ -390,25 +399,30 @@ def _answer(
     return reference.run([given], cache, advance)[0]
 
 
+def _hash_files(work: Path, known: Mapping[str, str], progress: Progress) -> dict[str, FileEntry]:
+    """Return size and hash of every file; those in ``known`` were hashed while written."""
+    sizes = {
+        p.relative_to(work).as_posix(): p.stat().st_size
+        for p in sorted(work.rglob("*"))
+        if p.is_file()
+    }
+    total = sum(size for name, size in sizes.items() if name not in known)
+    with _bytes_progress(progress, "hash bundle", total) as advance:
+        return {
+            name: FileEntry(sha256=known.get(name) or hash_file(work / name, advance), n_bytes=size)
+            for name, size in sizes.items()
+        }
+
+
 def _manifest(
     inputs: _Inputs,
     graphs: Sequence[Graph],
     prompts: dict[str, str],
     golden: Golden,
     error: MeasuredError,
-    work: Path,
-    hashes: dict[str, str],
-    progress: Progress,
+    files: dict[str, FileEntry],
+    sources: dict[str, str],
 ) -> Manifest:
-    names = sorted(p.relative_to(work).as_posix() for p in work.rglob("*") if p.is_file())
-    total = sum((work / name).stat().st_size for name in names)
-    with _bytes_progress(progress, "hash bundle", total) as advance:
-        files = {
-            name: FileEntry(
-                sha256=hash_file(work / name, advance), n_bytes=(work / name).stat().st_size
-            )
-            for name in names
-        }
     return Manifest(
         schema=SCHEMA,
         schema_version=SCHEMA_VERSION,
@@ -425,7 +439,7 @@ def _manifest(
         provenance=Provenance(
             gwp_edge=gwp_edge.__version__,
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            checkpoint=hashes,
+            checkpoint=sources,
             libraries={"torch": str(torch.__version__), "onnx_ir": str(ir.__version__)},
             unused=dict(inputs.unused),
             notes=(),

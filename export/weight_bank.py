@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -101,8 +102,8 @@ class WeightBank:
         """Total number of values."""
         return sum(math.prod(t.shape) for t in self._tensors.values())
 
-    def write(self, path: Path, progress: Callable[[int], None] | None = None) -> None:
-        """Write the safetensors file; only one tensor is in memory at a time.
+    def write(self, path: Path, progress: Callable[[int], None] | None = None) -> str:
+        """Write the safetensors file and return its SHA-256; one tensor is in memory at a time.
 
         Raises:
             BuildError: a tensor came out differently than announced.
@@ -110,6 +111,7 @@ class WeightBank:
         _, order, header = self.layout()
         with path.open("wb") as file:
             file.write(header)
+            digest = hashlib.sha256(header)
             for tensor in order:
                 value = tensor.produce().contiguous()
                 if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
@@ -117,8 +119,11 @@ class WeightBank:
                         f"{tensor.name}: announced {tensor.dtype} {tensor.shape}, "
                         f"got {value.dtype} {tuple(value.shape)}"
                     )
-                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+                data = value.reshape(-1).view(torch.uint8).numpy().data
+                file.write(data)
+                digest.update(data)
                 if progress is not None:
                     progress(tensor.n_bytes)
             file.flush()
             os.fsync(file.fileno())
+        return digest.hexdigest()
