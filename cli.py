@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from gwp_edge.commands import benching, exporting, inference, machine, running
+from gwp_edge.commands import (
+    benching,
+    cameras,
+    exporting,
+    inference,
+    machine,
+    running,
+    statistics,
+    verifying,
+)
 from gwp_edge.console import one_line_errors, say
 
 app = typer.Typer(
@@ -22,10 +31,13 @@ app = typer.Typer(
 for command in (
     exporting.export,
     exporting.inspect,
+    verifying.verify,
     inference.infer,
     running.run,
     benching.bench,
     machine.doctor,
+    cameras.cameras,
+    statistics.stats,
 ):
     app.command()(command)
 
