@@ -28,7 +28,7 @@ from gwp_edge.preflight import (
 from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Camera, HealthReporter, Policy
 from gwp_edge.record_tap import PolicyTap
-from gwp_edge.robots import RobotConfig, create_camera, import_callable
+from gwp_edge.robots import RobotConfig, create_camera, import_callable, world_options
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, PolicyPhase, Word
 from gwp_edge.telemetry import CheckResult
@@ -95,7 +95,8 @@ def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
     policy: Policy | None = None
     try:
         for config in setup.robot.cameras:
-            cameras.append(create_camera(config, spec, setup.extra))
+            shared = world_options(setup.robot, config, setup.extra)
+            cameras.append(create_camera(config, spec, shared))
             cameras[-1].open()
         policy = _load(options, spec)
         runner = _Runner(board, policy, cameras, setup, options)

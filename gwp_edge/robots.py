@@ -192,7 +192,8 @@ def create_arm(robot: RobotConfig, spec: PolicySpec, extra: Mapping[str, object]
         DeviceError: from the factory.
     """
     factory = _factory(robot.arm.kind, ARMS, "gwp_edge.arms", "arm")
-    return cast(Arm, factory({**robot.arm.options, **extra}, spec))
+    shared = world_options(robot, robot.arm, extra)
+    return cast(Arm, factory({**robot.arm.options, **shared}, spec))
 
 
 def create_camera(camera: CameraConfig, spec: PolicySpec, extra: Mapping[str, object]) -> Camera:
@@ -204,6 +205,16 @@ def create_camera(camera: CameraConfig, spec: PolicySpec, extra: Mapping[str, ob
     """
     factory = _factory(camera.kind, CAMERAS, "gwp_edge.cameras", "camera")
     return cast(Camera, factory(camera.role, {**camera.options, **extra}, spec))
+
+
+def world_options(
+    robot: RobotConfig, device: DeviceConfig, extra: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Return what the robot's world adds to the options of a device: only to those of its kind.
+
+    A real or recorded camera may look at a simulated arm.
+    """
+    return extra if robot.world is not None and device.kind == robot.world.kind else {}
 
 
 def create_world(robot: RobotConfig, spec: PolicySpec) -> World | None:
