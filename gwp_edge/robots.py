@@ -24,6 +24,7 @@ ARMS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_arm",
     "sim": "gwp_edge.drivers.sim:create_arm",
     "piper": "gwp_edge.drivers.piper:create_arm",
+    "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_arm",
 }
 CAMERAS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_camera",
@@ -31,11 +32,14 @@ CAMERAS: Final[dict[str, str]] = {
     "realsense": "gwp_edge.drivers.realsense:create_camera",
     "rs-file": "gwp_edge.drivers.recorded:create_rs_file_camera",
     "lerobot": "gwp_edge.drivers.recorded:create_lerobot_camera",
+    "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_camera",
 }
 WORLDS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_world",
     "sim": "gwp_edge.drivers.sim:create_world",
+    "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_world",
 }
+_SIMULATED_WORLDS: Final = ("kinematic", "sim")
 BUILT_IN: Final = ("kinematic", "sim", "piper", "piper-dual")
 
 _T = TypeVar("_T")
@@ -119,6 +123,11 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     observation: ObservationConfig = msgspec.field(default_factory=ObservationConfig)
     park: dict[str, float] = msgspec.field(default_factory=dict)
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether nothing real moves."""
+        return self.world is not None and self.world.kind in _SIMULATED_WORLDS
+
 
 def load_robot(name: str, spec: PolicySpec) -> RobotConfig:
     """Return the robot that ``--robot`` names: a built-in one or a robot file.
@@ -128,12 +137,15 @@ def load_robot(name: str, spec: PolicySpec) -> RobotConfig:
     """
     if name in BUILT_IN:
         return built_in_robot(name, spec)
+    if name.startswith("lerobot:"):
+        return _lerobot_robot(name, spec)
     path = Path(name)
     if path.suffix != ".toml" and not path.exists():
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise SpecError(
-            f"robot {name!r}: expected {', '.join(BUILT_IN)} or the path of a robot file{hint}"
+            f"robot {name!r}: expected {', '.join(BUILT_IN)}, lerobot:TYPE or the path of a "
+            f"robot file{hint}"
         )
     robot = read_robot_file(path)
     _check_fits(robot, spec, str(path))
@@ -184,6 +196,19 @@ def built_in_robot(name: str, spec: PolicySpec) -> RobotConfig:
     )
 
 
+def _lerobot_robot(name: str, spec: PolicySpec) -> RobotConfig:
+    """Return the robot ``lerobot:TYPE[,key=value...]``, whose cameras are named like the roles."""
+    from gwp_edge.drivers.lerobot_options import parse_name
+
+    options = {"cameras": {role: role for role in spec.cameras}, **parse_name(name)}
+    return RobotConfig(
+        name=name.partition(",")[0],
+        arm=ArmConfig(kind="lerobot-robot"),
+        cameras=tuple(CameraConfig(role=role, kind="lerobot-robot") for role in spec.cameras),
+        world=DeviceConfig(kind="lerobot-robot", options=options),
+    )
+
+
 def create_arm(robot: RobotConfig, spec: PolicySpec, extra: Mapping[str, object]) -> Arm:
     """Make the arm of ``robot``; ``extra`` options win over the file's.
 
@@ -212,7 +237,7 @@ def world_options(
 ) -> Mapping[str, object]:
     """Return what the robot's world adds to the options of a device: only to those of its kind.
 
-    A real or recorded camera may look at a simulated arm.
+    A real or recorded camera may look at an arm that lives in a world.
     """
     return extra if robot.world is not None and device.kind == robot.world.kind else {}
 

@@ -33,7 +33,9 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")] = Path("policy.gwp"),
     robot: Annotated[
         str,
-        typer.Option("--robot", help="sim, piper, piper-dual, kinematic, or a robot file."),
+        typer.Option(
+            "--robot", help="sim, piper, piper-dual, kinematic, lerobot:TYPE, or a robot file."
+        ),
     ] = ...,  # type: ignore[assignment]  # typer's way to ask for a value
     task: TaskOption = None,
     duration: Annotated[
@@ -97,7 +99,7 @@ def run(
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
     config = load_robot(robot, spec)
     skipped = frozenset(skip_check or ())
-    simulated = config.world is not None
+    simulated = config.is_simulated
     if simulated:
         # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
         skipped |= _ADVISORY_IN_SIMULATION
