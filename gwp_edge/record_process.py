@@ -85,8 +85,7 @@ class Listener:
             for event in ring.drain():
                 writer.append_event(who, event)
         self._fetch_chunks()
-        for role, frames in self._rings.items():
-            self._fetch_frame(role, frames)
+        self._fetch_frames()
         now_ns = time.monotonic_ns()
         if now_ns - self._t_flushed_ns > _FLUSH_NS:
             self._t_flushed_ns = now_ns
@@ -130,10 +129,16 @@ class Listener:
             )
             # What the policy saw is kept to the bit, so that it can be replayed.
             chunk["frame_rows"][0, i] = self._writer.append_frame(i, frame, "png")
+            # Each takes as long as a camera's period.
+            self._fetch_frames()
         if record["has_trace"]:
             digest = hashlib.sha256(record["canvas"].tobytes()).digest()
             chunk["canvas_sha256"][0] = np.frombuffer(digest, np.uint8)
         self._writer.append("chunks", chunk)
+
+    def _fetch_frames(self) -> None:
+        for role, frames in self._rings.items():
+            self._fetch_frame(role, frames)
 
     def _fetch_frame(self, role: str, frames: FrameRing) -> None:
         try:
