@@ -143,7 +143,7 @@ def network_sizes(checkpoint: Checkpoint, *, head_dim: int | None = None) -> Net
     if width % size:
         raise SpecError(
             f"{checkpoint.path}: width {width} does not divide into heads of {size}; "
-            "give the head size of the training config"
+            "give the head size of the training config with --head-dim"
         )
     n_heads = config.get("num_attention_heads", width // size)
     eps = config.get("eps", 1e-6)
