@@ -8,14 +8,14 @@ recipe's quantized layers, so they are computed once and shared by all runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
 
-from gwp_edge.calibration.dataset import LeRobotDataset, Sample
+from gwp_edge.calibration.dataset import Sample
 from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.batch_ops import BatchOps
@@ -105,36 +105,34 @@ def _embedding(sample: Sample, spec: PolicySpec, known: Mapping[str, Float32Arra
 
 def prepare(
     network: Network,
-    dataset: LeRobotDataset,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     *,
     seed: int,
     known_prompts: Mapping[str, Float32Array],
     device: str = "cpu",
-    progress: Progress | None = None,
 ) -> Prepared:
     """Preprocess samples as the robot does, encode their pictures, and draw their noise.
 
     Args:
         network: the checkpoint.
-        dataset: where the samples come from; checked against the spec.
-        samples: what to prepare.
+        samples: what to prepare, of a dataset that was checked against the spec; one is in memory
+            at a time.
         seed: of the noise; each sample's noise follows from it and from the sample's place.
         known_prompts: embeddings (64, text_dim) by task, for datasets without t5_embedding.
         device: where torch computes.
-        progress: called with stage, done and total.
 
     Raises:
-        SpecError: the dataset does not fit the policy, or a sample has no prompt.
+        SpecError: a sample has no prompt, or there is no sample.
     """
     spec = network.spec
-    dataset.check_against(spec, episodes=sorted({s.episode for s in samples}))
     encoder = VisionEncoder(TorchOps(network.vae_weights, device=device), network.vae)
     latents: list[torch.Tensor] = []
     prompts: list[torch.Tensor] = []
     indices: list[int] = []
+    states: list[FloatArray] = []
+    noises: list[torch.Tensor] = []
     seen: dict[str, int] = {}
-    for i, sample in enumerate(samples):
+    for sample in samples:
         canvas = compose_canvas(_observation(sample), spec.canvas)
         with torch.inference_mode():
             pixels = torch.from_numpy(np.array(canvas)).to(device)
@@ -145,14 +143,15 @@ def prepare(
             seen[key] = len(prompts)
             prompts.append(torch.from_numpy(rows))
         indices.append(seen[key])
-        if progress is not None:
-            progress("encode samples", i + 1, len(samples))
-    states = tuple(np.asarray(s.state, np.float64) for s in samples)
+        states.append(np.asarray(sample.state, np.float64))
+        noises.append(_noise(spec, seed, sample).to(device))
+    if not latents:
+        raise SpecError("calibration: expected at least one sample")
     return Prepared(
         latents=tuple(latents),
-        states=states,
+        states=tuple(states),
         states_norm=tuple(torch.from_numpy(normalise_state(s, spec)).to(device) for s in states),
-        noises=tuple(_noise(spec, seed, s).to(device) for s in samples),
+        noises=tuple(noises),
         prompts=tuple(prompts),
         prompt_idx=tuple(indices),
     )

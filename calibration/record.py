@@ -20,6 +20,7 @@ from gwp_edge.calibration.histogram import Histogram
 from gwp_edge.calibration.observers import ChannelObserver, TensorObserver
 from gwp_edge.calibration.sampling import SampleRef
 from gwp_edge.errors import SpecError
+from gwp_edge.types import Float32Array
 
 _VERSION = "1"
 
@@ -31,6 +32,9 @@ class CalibrationRecord:
     Attributes:
         tensors: observers of activation tensors by name.
         channels: observers of channel maxima by name.
+        means: mean input (in,) of each layer by name.
+        smoothing: factors that the network was folded with before it was observed, by the name
+            of what they divide; see :mod:`gwp_edge.export.folding`.
         samples: the samples that were seen, in order.
         is_synthetic: the samples are not recorded data.
         provenance: what else identifies the run, JSON-ready: hashes of checkpoint and dataset,
@@ -39,6 +43,8 @@ class CalibrationRecord:
 
     tensors: Mapping[str, TensorObserver]
     channels: Mapping[str, ChannelObserver] = field(default_factory=dict)
+    means: Mapping[str, Float32Array] = field(default_factory=dict)
+    smoothing: Mapping[str, Float32Array] = field(default_factory=dict)
     samples: tuple[SampleRef, ...] = ()
     is_synthetic: bool = False
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -62,7 +68,12 @@ def save_record(path: Path, record: CalibrationRecord) -> None:
         channels[name] = list(channel.steps)
         for step_idx, amax in channel.step_amax.items():
             arrays[f"channels/{name}/{step_idx}"] = np.asarray(amax)
+    vectors = {"means": record.means, "smoothing": record.smoothing}
+    for kind, named in vectors.items():
+        for vector_name, vector in named.items():
+            arrays[f"{kind}/{vector_name}"] = np.asarray(vector, np.float32)
     header = {
+        "vectors": {kind: sorted(named) for kind, named in vectors.items()},
         "tensors": tensors,
         "channels": channels,
         "samples": [asdict(ref) for ref in record.samples],
@@ -97,8 +108,13 @@ def load_record(path: Path) -> CalibrationRecord:
                 name: _tensor(file, name, content) for name, content in header["tensors"].items()
             }
             channels = {name: _channel(file, name, s) for name, s in header["channels"].items()}
+            vectors = {
+                kind: {name: file.get_tensor(f"{kind}/{name}") for name in header["vectors"][kind]}
+                for kind in ("means", "smoothing")
+            }
             return CalibrationRecord(
                 tensors=tensors,
+                **vectors,
                 channels=channels,
                 samples=tuple(SampleRef(**ref) for ref in header["samples"]),
                 is_synthetic=bool(header["is_synthetic"]),

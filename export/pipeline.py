@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,11 @@ from gwp_edge.bundle import (
     bundle_id,
     hash_file,
 )
+from gwp_edge.calibration.collect import DEFAULT_N_HELD_OUT, CollectOptions
+from gwp_edge.calibration.forward import Network, default_device
+from gwp_edge.calibration.quantize import Quantized, QuantizeOptions, quantize
+from gwp_edge.calibration.sampling import DEFAULT_N_SAMPLES
+from gwp_edge.calibration.sensitivity import Budget
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.accounting import account
@@ -43,8 +49,15 @@ from gwp_edge.export.companions import Companions, find_companions, read_statist
 from gwp_edge.export.errors_measured import measure_error
 from gwp_edge.export.graphs import WEIGHTS_FILE, Graph, denoise_graph, prefill_graph, vision_graph
 from gwp_edge.export.layout import find_layout
+from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.package import check_space, check_target, replacing
-from gwp_edge.export.precision import Recipe, cache_format, make_recipe
+from gwp_edge.export.precision import (
+    QUANTIZED_FORMATS,
+    Format,
+    Recipe,
+    cache_format,
+    make_recipe,
+)
 from gwp_edge.export.prompt_cache import needed_rows, prompt_cache
 from gwp_edge.export.prompts import encode_prompt, pad_rows, read_prompt_embedding, task_name
 from gwp_edge.export.reference import ChunkInput, ChunkOutput, Reference, golden_input
@@ -67,6 +80,8 @@ MIN_TOLERANCE = 2e-4
 TOLERANCE_OVER_ERROR = 1.5
 # The action expert in bfloat16, which every denoising step of the reference reads again.
 KEPT_BYTES = 1_800_000_000
+# One flipped rounding re-draws all that follow, so two right engines may differ by two such errors.
+QUANTIZED_TOLERANCE_OVER_ERROR = 3.0
 # Above this the portable graphs would not fit beside the export.
 ENGINE_CHECK_BYTES = 3 << 30
 
@@ -95,6 +110,24 @@ class ExportOptions:
     head_dim: int | None = None
     use_ema: bool = False
     engine_check: Literal["auto", "always", "never"] = "auto"
+    # What follows is for quantized precisions; see QuantizeOptions.
+    target: str = "cpu"
+    calibration: Path | None = None
+    calibration_record: Path | None = None
+    samples: int = DEFAULT_N_SAMPLES
+    held_out_samples: int = DEFAULT_N_HELD_OUT
+    seed: int = 0
+    observer: str = "auto"
+    percentile: float = 99.9
+    smoothing: bool = True
+    recipe_file: Path | None = None
+    rest: Format = "fp32"
+    block: int = 32
+    max_error_rad: float | None = 2e-3
+    max_error_m: float | None = 2e-4
+    allow_synthetic: bool = False
+    go_on: bool = False
+    device: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +191,12 @@ class _Inputs:
     recipe: Recipe
     embeddings: tuple[torch.Tensor, ...]
     unused: Mapping[str, int]
+    quantized: Quantized | None = None
+
+    @property
+    def network(self) -> WeightSource:
+        """The weights that the bundle holds: smoothing factors may be folded into them."""
+        return self.weights if self.quantized is None else self.quantized.weights
 
 
 def export_bundle(options: ExportOptions, progress: Progress = _silent) -> ExportResult:
@@ -171,9 +210,53 @@ def export_bundle(options: ExportOptions, progress: Progress = _silent) -> Expor
     check_target(options.out)
     with ExitStack() as stack:
         inputs = _read_inputs(options, stack, progress)
+        if options.precision in QUANTIZED_FORMATS:
+            inputs = _quantized(options, inputs, progress)
         bundle = _write(options, inputs, progress)
         unused = inputs.unused
     return ExportResult(bundle=bundle, seconds=time.monotonic() - t_start, unused=unused)
+
+
+def _quantized(options: ExportOptions, inputs: _Inputs, progress: Progress) -> _Inputs:
+    """Calibrate, and choose what each layer computes in."""
+    budget = None
+    if options.max_error_rad is not None or options.max_error_m is not None:
+        limits = (options.max_error_rad, options.max_error_m)
+        joints, grippers = (math.inf if limit is None else limit for limit in limits)
+        budget = Budget(joints_rad=joints, grippers_m=grippers)
+    rows = zip(inputs.spec.tasks, inputs.embeddings, strict=True)
+    quantized = quantize(
+        Network(
+            weights=inputs.weights,
+            vae_weights=inputs.vae_weights,
+            vae=inputs.vae,
+            spec=inputs.spec,
+        ),
+        QuantizeOptions(
+            precision=inputs.recipe.default,
+            target=options.target,
+            observer=options.observer,
+            percentile=options.percentile,
+            budget=budget,
+            recipe_file=options.recipe_file,
+            record=options.calibration_record,
+            dataset=options.calibration,
+            collect=CollectOptions(
+                n_samples=options.samples,
+                n_held_out=options.held_out_samples,
+                seed=options.seed,
+                smoothing=options.smoothing,
+                device=options.device or default_device(),
+            ),
+            rest=options.rest,
+            block=options.block,
+            allow_synthetic=options.allow_synthetic,
+            go_on=options.go_on,
+        ),
+        known_prompts={task: embedding.numpy() for task, embedding in rows},
+        progress=progress,
+    )
+    return replace(inputs, recipe=quantized.recipe, quantized=quantized)
 
 
 def _read_inputs(options: ExportOptions, stack: ExitStack, progress: Progress) -> _Inputs:
@@ -273,7 +356,7 @@ def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundl
         with _bytes_progress(progress, "write weights", bank.n_bytes) as advance:
             weights_hash = bank.write(work / WEIGHTS_FILE, advance)
         prompts = _write_prompts(inputs, work, progress)
-        modulation = tables.denoise_rows(inputs.weights, inputs.spec)
+        modulation = tables.denoise_rows(inputs.network, inputs.spec)
         save_file({"modulation": modulation.contiguous()}, work / TABLES_FILE)
         # Hashing runs beside the arithmetic; both leave the interpreter lock alone.
         with ThreadPoolExecutor(1, "hash") as pool, inputs.weights.keeping(KEPT_BYTES):
@@ -287,7 +370,7 @@ def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundl
         _save_manifest(manifest, work)
         if _wants_engine(options, bank):
             progress("check on ONNX Runtime", 0, 1)
-            manifest = _checked(manifest, work, inputs.recipe)
+            manifest = _checked(manifest, work, inputs)
             _save_manifest(manifest, work)
             progress("check on ONNX Runtime", 1, 1)
     return Bundle(options.out, manifest)
@@ -308,8 +391,8 @@ def _record(inputs: _Inputs, bank: WeightBank) -> list[Graph]:
     for form in forms:
         result += [
             vision_graph(inputs.vae_weights, inputs.vae, spec, recipe, bank, form),
-            prefill_graph(inputs.weights, spec, recipe, bank, form),
-            denoise_graph(inputs.weights, spec, recipe, bank, form),
+            prefill_graph(inputs.network, spec, recipe, bank, form),
+            denoise_graph(inputs.network, spec, recipe, bank, form),
         ]
     # A graph of float32 layers alone is the same in either form.
     return [g for g in result if g.form == "native" or any(c.format != "fp32" for c in g.costs)]
@@ -340,7 +423,7 @@ def _write_prompts(inputs: _Inputs, work: Path, progress: Progress) -> dict[str,
     for i, (task, embedding) in enumerate(zip(inputs.spec.tasks, inputs.embeddings, strict=True)):
         progress("prompt caches", i, n)
         name = f"prompts/{i:04d}.safetensors"
-        cache = prompt_cache(inputs.weights, inputs.spec, embedding, inputs.recipe)
+        cache = prompt_cache(inputs.network, inputs.spec, embedding, inputs.recipe)
         save_file(cache, work / name)
         files[task] = name
     progress("prompt caches", n, n)
@@ -374,10 +457,14 @@ def _write_golden(inputs: _Inputs, work: Path, progress: Progress) -> tuple[Gold
         [answer.actions], [exact.actions], spec.channels, "golden input, emulated arithmetic"
     )
     largest = float(np.abs(answer.actions - exact.actions).max())
+    is_quantized = inputs.quantized is not None
+    over = QUANTIZED_TOLERANCE_OVER_ERROR if is_quantized else TOLERANCE_OVER_ERROR
+    if inputs.quantized is not None and inputs.quantized.error is not None:
+        error = inputs.quantized.error
     golden = Golden(
         file=GOLDEN_FILE,
         task=spec.tasks[0],
-        tolerance=max(MIN_TOLERANCE, TOLERANCE_OVER_ERROR * largest),
+        tolerance=max(MIN_TOLERANCE, over * largest),
         checked_with=(),
     )
     return golden, error
@@ -394,8 +481,9 @@ def _answer(
         progress(stage, done, total)
 
     progress(stage, 0, total)
-    cache = prompt_cache(inputs.weights, inputs.spec, inputs.embeddings[0], recipe)
-    reference = Reference(inputs.weights, inputs.vae_weights, inputs.vae, inputs.spec, recipe)
+    weights = inputs.weights if recipe.is_float32 else inputs.network
+    cache = prompt_cache(weights, inputs.spec, inputs.embeddings[0], recipe)
+    reference = Reference(weights, inputs.vae_weights, inputs.vae, inputs.spec, recipe)
     return reference.run([given], cache, advance)[0]
 
 
@@ -442,8 +530,9 @@ def _manifest(
             checkpoint=sources,
             libraries={"torch": str(torch.__version__), "onnx_ir": str(ir.__version__)},
             unused=dict(inputs.unused),
-            notes=(),
+            notes=inputs.quantized.notes if inputs.quantized else (),
         ),
+        calibration=inputs.quantized.calibration if inputs.quantized else None,
     )
 
 
@@ -475,8 +564,10 @@ def _wants_engine(options: ExportOptions, bank: WeightBank) -> bool:
     return options.engine_check == "always"
 
 
-def _checked(manifest: Manifest, work: Path, recipe: Recipe) -> Manifest:
-    """Run the golden input through ONNX Runtime; the measured error is then the engine's own.
+def _checked(manifest: Manifest, work: Path, inputs: _Inputs) -> Manifest:
+    """Run the golden input through ONNX Runtime.
+
+    The measured error is then the engine's own, unless it was measured on held-out samples.
 
     Raises:
         BuildError: the engine does not reproduce the golden output.
@@ -496,7 +587,9 @@ def _checked(manifest: Manifest, work: Path, recipe: Recipe) -> Manifest:
         [actions],
         [np.asarray(arrays["actions_reference"])],
         manifest.spec.channels,
-        f"golden input, ONNX Runtime, {recipe.name}",
+        f"golden input, ONNX Runtime, {inputs.recipe.name}",
     )
+    if inputs.quantized is not None and inputs.quantized.error is not None:
+        error = inputs.quantized.error
     golden = msgspec.structs.replace(manifest.golden, checked_with=("ort cpu",))
     return msgspec.structs.replace(manifest, golden=golden, error=error)

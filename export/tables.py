@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
+from gwp_edge.export.folding import FoldedWeights
 from gwp_edge.export.network import Stream, action_stream, head_table
 from gwp_edge.export.ops import WeightSource
 from gwp_edge.spec import PolicySpec
@@ -52,6 +53,13 @@ def _load_table(weights: WeightSource, name: str) -> torch.Tensor:
     return weights.load(name).to(torch.float32)[0]
 
 
+def _folded(weights: WeightSource, stream: Stream, i: int, rows: torch.Tensor) -> torch.Tensor:
+    """Divide the rows of block ``i`` by the factors that its weights were multiplied with."""
+    if isinstance(weights, FoldedWeights):
+        return weights.fold_rows(stream.block.format(i), rows)
+    return rows
+
+
 def prefix_rows(weights: WeightSource, spec: PolicySpec, stream: Stream) -> torch.Tensor:
     """Return the prefix modulation at t = 0, shape (n_layers, 6, C)."""
     _, projected = TimeEmbedder(weights, stream, spec.network.freq_dim)(0.0)
@@ -62,7 +70,7 @@ def prefix_rows(weights: WeightSource, spec: PolicySpec, stream: Stream) -> torc
         ]
     )
     rows[:, [1, 4]] += 1.0
-    return rows
+    return torch.stack([_folded(weights, stream, i, block) for i, block in enumerate(rows)])
 
 
 def denoise_rows(weights: WeightSource, spec: PolicySpec) -> torch.Tensor:
@@ -80,6 +88,7 @@ def denoise_rows(weights: WeightSource, spec: PolicySpec) -> torch.Tensor:
         temb, projected = embed(timestep)
         blocks = torch.stack(tables) + projected
         blocks[:, [1, 4]] += 1.0
+        blocks = torch.stack([_folded(weights, stream, i, rows) for i, rows in enumerate(blocks)])
         out = head + temb
         out[1] += 1.0
         steps.append(torch.cat([blocks.flatten(0, 1), out]))

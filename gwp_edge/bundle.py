@@ -103,6 +103,48 @@ class MeasuredError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     grippers_m: ChannelError | None
 
 
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A recipe that the budget search measured.
+
+    Attributes:
+        quantized_share: quantized bytes as a share of all that could be.
+        joints_rad_p99: 99th percentile of the error of joints; None where there are none.
+        grippers_m_p99: the same of grippers.
+    """
+
+    quantized_share: float
+    joints_rad_p99: float | None
+    grippers_m_p99: float | None
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a bundle was calibrated.
+
+    Attributes:
+        dataset: name of the dataset.
+        n_samples: samples that the ranges come from.
+        samples_sha256: hash over place and content of every one of them.
+        seed: of the choice of samples and of the noise.
+        is_synthetic: the dataset was not recorded on a robot.
+        observer: how ranges follow from what was seen.
+        is_smoothed: factors of channels were folded into weights and tables.
+        budget_rad: largest allowed 99th percentile of the joints' error; None without a search.
+        budget_m: the same of grippers.
+        curve: recipes that the search measured, most quantized first.
+    """
+
+    dataset: str
+    n_samples: int
+    samples_sha256: str
+    seed: int
+    is_synthetic: bool
+    observer: str
+    is_smoothed: bool
+    budget_rad: float | None
+    budget_m: float | None
+    curve: tuple[CurvePoint, ...]
+
+
 class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An input and what the bundle must answer to it.
 
@@ -157,6 +199,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         error: measured error against float32.
         files: every file but the manifest.
         provenance: origin.
+        calibration: how ranges were found; None where no activation was looked at.
     """
 
     schema: str
@@ -172,6 +215,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     error: MeasuredError
     files: dict[str, FileEntry]
     provenance: Provenance
+    calibration: Calibration | None = None
 
 
 def bundle_id(spec: PolicySpec, files: Mapping[str, FileEntry]) -> str:
@@ -274,6 +318,15 @@ class Bundle:
                 "copy or export the bundle again"
             )
         return cls(root, manifest)
+
+
+def read_manifest(path: Path | str) -> Manifest:
+    """Return the manifest of a bundle without checking its other files.
+
+    Raises:
+        SpecError: not a bundle, or a newer layout.
+    """
+    return _read_manifest(Path(path))
 
 
 def read_spec(path: Path | str) -> PolicySpec:
