@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from gwp_edge.bundle import Bundle
     from gwp_edge.protocols import Engine
 
-ENGINES = {"ort": "gwp_edge.engines.ort:OrtEngine"}
+ENGINES = {
+    "ort": "gwp_edge.engines.ort:OrtEngine",
+    "trt": "gwp_edge.engines.trt:open_engine",
+}
 
 
 def create_engine(

@@ -1,0 +1,123 @@
+"""What is refused before and after a build. Needs no GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from gwp_edge.bundle import Manifest
+from gwp_edge.errors import BuildError, SpecError
+
+if TYPE_CHECKING:
+    from gwp_edge.types import Float32Array, FloatArray
+
+Capability = tuple[int, int]
+
+# First compute capability with tensor cores for a format; int8 and fp16 are everywhere.
+_FIRST_CAPABILITY: Final[dict[str, Capability]] = {"bf16": (8, 0), "fp8": (8, 9)}
+_OLDEST: Final[Capability] = (7, 5)
+# Blocked DequantizeLinear of int4 is ONNX opset 21; the parser of 10.3 ends at 20.
+_FIRST_TENSORRT: Final[dict[str, tuple[int, int]]] = {"w4": (10, 6)}
+TENSORRT_MAJOR: Final = 10
+# An answer to other noise must be further away than this many tolerances.
+_WRONG_SEED_FACTOR: Final = 2.0
+
+
+def parse_capability(text: str) -> Capability:
+    """Return ``8.7`` as (8, 7)."""
+    major, _, minor = text.partition(".")
+    try:
+        return int(major), int(minor)
+    except ValueError:
+        raise SpecError(f"compute capability {text!r}: expected two numbers as 8.7") from None
+
+
+def check_capability(manifest: Manifest, capability: Capability, device: str) -> None:
+    """Refuse formats that the GPU has no units for.
+
+    Raises:
+        BuildError: a layer's format needs a newer GPU; says what to export instead.
+    """
+    sm = f"SM{capability[0]}{capability[1]}"
+    if capability < _OLDEST:
+        raise BuildError(f"{device} ({sm}): TensorRT 10 needs SM75 or newer; use --engine ort")
+    for layer in manifest.precision.layers:
+        first = _FIRST_CAPABILITY.get(layer.format)
+        if first is not None and capability < first:
+            instead = "int8" if layer.format == "fp8" else "fp16"
+            raise BuildError(
+                f"{device} ({sm}) has no {layer.format} units (SM{first[0]}{first[1]} and newer "
+                f"have), {layer.stage} {layer.name} asks for them; export with --precision "
+                f"{instead}"
+            )
+
+
+def check_tensorrt(manifest: Manifest, version: str) -> None:
+    """Refuse a TensorRT that cannot read the graphs.
+
+    Raises:
+        BuildError: another major version, or one too old for a format of the bundle.
+    """
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if len(numbers) < 2 or numbers[0] != TENSORRT_MAJOR:
+        raise BuildError(
+            f"TensorRT {version} is installed, this gwp-edge is written for {TENSORRT_MAJOR}.x"
+        )
+    for layer in manifest.precision.layers:
+        first = _FIRST_TENSORRT.get(layer.format)
+        if first is not None and numbers < first:
+            raise BuildError(
+                f"{layer.format} weights need TensorRT {first[0]}.{first[1]} or newer, found "
+                f"{version}; export with --precision int8"
+            )
+
+
+def judge_golden(
+    *,
+    answer: FloatArray,
+    wanted: FloatArray,
+    other_seed: FloatArray,
+    tolerance: float,
+    latent: Float32Array,
+    wanted_latent: Float32Array,
+) -> float:
+    """Return the error of an engine's golden answer, rad and m.
+
+    Args:
+        answer: actions for the golden input, (H, D).
+        wanted: golden actions, (H, D).
+        other_seed: actions for the same input and other noise, (H, D).
+        tolerance: allowed distance, rad and m.
+        latent: of the vision engine.
+        wanted_latent: golden latent.
+
+    Raises:
+        BuildError: the answer is off, or would be accepted with other noise as well.
+    """
+    error = np.abs(answer - wanted)
+    if not np.isfinite(answer).all() or error.max() > tolerance:
+        seen = float(error.max()) if np.isfinite(error).all() else float("nan")
+        raise BuildError(
+            f"the engines do not reproduce the golden output: off by {seen:.3g}, allowed "
+            f"{tolerance:.3g}; {_blame(latent, wanted_latent)}; they were deleted"
+        )
+    distance = float(np.abs(other_seed - wanted).max())
+    if not distance > _WRONG_SEED_FACTOR * tolerance:
+        raise BuildError(
+            f"other noise moves the golden answer by {distance:.3g} only, tolerance "
+            f"{tolerance:.3g}: the check proves nothing, the noise may not reach the network; "
+            "the engines were deleted"
+        )
+    return float(error.max())
+
+
+def _blame(latent: Float32Array, wanted: Float32Array) -> str:
+    """Say on which side of the latent the fault lies; the golden file holds no more."""
+    if not np.isfinite(latent).all():
+        return "the vision engine's latent is not finite"
+    scale = float(np.abs(wanted).max()) or 1.0
+    relative = float(np.abs(latent - wanted).max()) / scale
+    if relative > 0.05:
+        return f"already the vision engine's latent is off by {100 * relative:.1f} %"
+    return f"the latent is right to {100 * relative:.2g} %, so prefill or denoise is at fault"

@@ -1,0 +1,201 @@
+"""What a built engine really computes in, from the inspector's own words. Needs no GPU.
+
+TensorRT reports each layer of an engine as JSON: the graph nodes that were fused into it
+(``Metadata``), types of inputs and outputs, of the weights, and the kernel's name. From these a
+product is said to run as asked, to have fallen back, or not to be shown.
+Not yet run on hardware: the words are those of the documentation and of published outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from gwp_edge.bundle import Layer, Stage
+from gwp_edge.errors import BuildError
+
+Outcome = Literal["as asked", "fell back", "not shown"]
+QUANTIZED: Final = frozenset({"int8", "fp8", "w8", "w4"})
+
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+# Kernel names carry operand types: i8i8_i8i32, e4m3, f16f16, h16816, s16816, tf32.
+_KERNEL_TYPES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
+    ("int8", re.compile(r"i8i8|_i8|int8|imma|i16832")),
+    ("fp8", re.compile(r"e4m3|fp8|qmma|f8f8")),
+    ("int4", re.compile(r"int4|_i4|w4a")),
+    ("bf16", re.compile(r"bf16")),
+    ("fp16", re.compile(r"f16f16|fp16|_h16816|h884|hmma|_f16")),
+    ("fp32", re.compile(r"tf32|f32f32|fp32|sgemm|ffma|s1688")),
+)
+_WORDS: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
+    ("int8", re.compile(r"\bint8\b")),
+    ("fp8", re.compile(r"\bfp8\b|\bfloat8|\be4m3")),
+    ("int4", re.compile(r"\bint4\b")),
+    ("bf16", re.compile(r"\bbf16\b|\bbfloat16\b")),
+    ("fp16", re.compile(r"\bfp16\b|\bhalf\b|\bfloat16\b")),
+    ("fp32", re.compile(r"\bfp32\b|\bfloat\b|\bfloat32\b")),
+)
+_PRODUCT: Final = re.compile(r"gemm|matmul|matrixmultiply|conv|xmma|mma|cask|fc|mha|cublas")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLayer:
+    """One layer of an engine.
+
+    Attributes:
+        name: its own name.
+        nodes: graph nodes that it computes.
+        types: types of its inputs and weights.
+        kernel_type: what the kernel's name says it multiplies, or None.
+        is_product: it looks like a matrix product or convolution.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    types: frozenset[str]
+    kernel_type: str | None
+    is_product: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """One layer of the manifest and what became of it."""
+
+    stage: Stage
+    name: str
+    asked: str
+    got: str
+    outcome: Outcome
+
+
+def _match(text: str, table: Sequence[tuple[str, re.Pattern[str]]]) -> str | None:
+    return next((name for name, pattern in table if pattern.search(text)), None)
+
+
+def _tensor_types(tensors: object) -> Iterable[str]:
+    for tensor in tensors if isinstance(tensors, list) else ():
+        if isinstance(tensor, dict):
+            # 10.x says Format/Datatype; later releases split it.
+            text = str(tensor.get("Format/Datatype") or tensor.get("Datatype") or "")
+            found = _match(text.lower(), _WORDS)
+            if found is not None:
+                yield found
+
+
+def parse_inspector(text: str) -> tuple[EngineLayer, ...]:
+    """Read what ``EngineInspector.get_engine_information(JSON)`` returned.
+
+    Raises:
+        BuildError: it has no layers in detail, so nothing can be proven.
+    """
+    try:
+        layers = json.loads(text)["Layers"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise BuildError(
+            "the engine inspector's answer has no Layers: this TensorRT speaks another dialect; "
+            "report its version"
+        ) from e
+    if not isinstance(layers, list) or not any(isinstance(x, dict) for x in layers):
+        raise BuildError(
+            "the engine inspector lists names only; build with detailed profiling verbosity"
+        )
+    return tuple(_parse_layer(x) for x in layers if isinstance(x, dict))
+
+
+def _parse_layer(raw: Mapping[str, Any]) -> EngineLayer:
+    name, tactic = str(raw.get("Name", "")), str(raw.get("TacticName", ""))
+    kind = f"{raw.get('LayerType', '')} {raw.get('ParameterType', '')} {tactic}".lower()
+    nodes = tuple(_ONNX_LAYER.findall(str(raw.get("Metadata", ""))))
+    types = set(_tensor_types(raw.get("Inputs")))
+    weights = raw.get("Weights")
+    if isinstance(weights, dict):
+        found = _match(str(weights.get("Type", "")).lower(), _WORDS)
+        types |= {found} if found is not None else set()
+    return EngineLayer(
+        name=name,
+        nodes=nodes or tuple(part.strip() for part in name.split(" + ")),
+        types=frozenset(types),
+        kernel_type=_match(tactic.lower(), _KERNEL_TYPES),
+        is_product=_PRODUCT.search(kind) is not None,
+    )
+
+
+def _runs_as(layer: EngineLayer, asked: str) -> str | None:
+    """Return the type that an engine layer multiplies in, or None where it does not say."""
+    if layer.kernel_type is not None:
+        return layer.kernel_type
+    wanted = {"w8": "int8", "w4": "int4"}.get(asked, asked)
+    if wanted in layer.types:
+        return wanted
+    return min(layer.types, default=None)
+
+
+def prove(
+    stage: Stage, layers: Iterable[Layer], engine: Sequence[EngineLayer]
+) -> tuple[Proof, ...]:
+    """Compare the manifest's layers of one stage with what the engine does."""
+    by_node: dict[str, list[EngineLayer]] = {}
+    for found in engine:
+        for node in found.nodes:
+            by_node.setdefault(node, []).append(found)
+    return tuple(
+        _prove_layer(stage, layer, by_node.get(layer.name, []))
+        for layer in layers
+        if layer.stage == stage
+    )
+
+
+def _prove_layer(stage: Stage, layer: Layer, places: Sequence[EngineLayer]) -> Proof:
+    # A node may appear in a copy kernel beside its product; the product decides.
+    products = [x for x in places if x.is_product] or list(places)
+    kinds = {kind for x in products if (kind := _runs_as(x, layer.format)) is not None}
+    wanted = {"w8": "int8", "w4": "int4"}.get(layer.format, layer.format)
+    outcome: Outcome = "fell back"
+    if not kinds:
+        outcome = "not shown"
+    elif wanted in kinds:
+        outcome = "as asked"
+    return Proof(
+        stage=stage,
+        name=layer.name,
+        asked=layer.format,
+        got=", ".join(sorted(kinds)) or "not shown",
+        outcome=outcome,
+    )
+
+
+def summarize(proofs: Sequence[Proof]) -> tuple[str, ...]:
+    """Return one line for each stage and format: how many layers ended how."""
+    groups: dict[tuple[str, str], dict[Outcome, int]] = {}
+    for proof in proofs:
+        counts = groups.setdefault((proof.stage, proof.asked), {})
+        counts[proof.outcome] = counts.get(proof.outcome, 0) + 1
+    return tuple(
+        f"{stage} {asked}: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items())
+        for (stage, asked), counts in groups.items()
+    )
+
+
+def require_proof(proofs: Sequence[Proof]) -> None:
+    """Fail a build whose quantized layers did not become quantized kernels.
+
+    Raises:
+        BuildError: a quantized layer fell back, or none of them is shown at all.
+    """
+    quantized = [x for x in proofs if x.asked in QUANTIZED]
+    fallen = [x for x in quantized if x.outcome == "fell back"]
+    if fallen:
+        first = fallen[0]
+        raise BuildError(
+            f"{len(fallen)} of {len(quantized)} quantized layers fell back, first "
+            f"{first.stage} {first.name}: {first.got} instead of {first.asked}; export with "
+            "another --precision or keep that layer in 16 bits"
+        )
+    if quantized and all(x.outcome == "not shown" for x in quantized):
+        raise BuildError(
+            f"none of {len(quantized)} quantized layers is shown by the engine inspector, so "
+            "nothing proves that they run quantized; report the TensorRT version"
+        )

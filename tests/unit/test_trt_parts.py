@@ -1,0 +1,403 @@
+"""The parts of the TensorRT engine that are pure: keys, folders, progress, proof, gates."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from gwp_edge.bundle import Layer
+from gwp_edge.engines import trt_graph
+from gwp_edge.engines.trt_buffers import padded_bytes, stacked
+from gwp_edge.engines.trt_build import BuildOptions
+from gwp_edge.engines.trt_cache import (
+    RECORD,
+    EngineKey,
+    EngineRecord,
+    building,
+    clean,
+    engines_root,
+    list_engines,
+    read_record,
+    write_record,
+)
+from gwp_edge.engines.trt_gates import judge_golden, parse_capability
+from gwp_edge.engines.trt_graph import CudaDriver
+from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
+from gwp_edge.engines.trt_proof import parse_inspector, prove, require_proof, summarize
+from gwp_edge.errors import BuildError, DeviceError, PerformanceIssue, SpecError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def key(**changes) -> EngineKey:
+    values = {
+        "graphs": {"vision": "a", "prefill": "b", "denoise": "c"},
+        "weights": "w",
+        "precision": "int8",
+        "tensorrt": "10.3.0",
+        "compute_capability": "8.7",
+        "device": "Orin (nvgpu)",
+        "flags": {"level": "3"},
+    }
+    return EngineKey(**{**values, **changes})
+
+
+def record(**changes) -> EngineRecord:
+    values = {
+        "schema": "gwp-edge.engines",
+        "schema_version": 1,
+        "key": key(),
+        "bundle_id": "x",
+        "created_at": "2026-01-01T00:00:00Z",
+        "files": {},
+        "proof": (),
+        "golden_error": None,
+    }
+    return EngineRecord(**{**values, **changes})
+
+
+# -- keys and folders ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"tensorrt": "10.13.3"}, "TensorRT '10.13.3' instead of '10.3.0'"),
+        ({"device": "NX"}, "GPU 'NX'"),
+        ({"compute_capability": "11.0"}, "compute capability '11.0'"),
+        ({"precision": "fp16"}, "precision 'fp16'"),
+        ({"weights": "v"}, "other weights"),
+        ({"graphs": {"vision": "a", "prefill": "z", "denoise": "c"}}, "another prefill graph"),
+        ({"flags": {"level": "5"}}, "flag level 5 instead of 3"),
+        ({"flags": {"level": "3", "tf32": "on"}}, "flag tf32 on instead of unset"),
+    ],
+)
+def test_key_every_part_changes_the_digest_and_is_named(changes, word):
+    other = key(**changes)
+    assert other.digest() != key().digest()
+    assert other.folder() != key().folder()
+    assert key().differences(other) == (word,) or word in key().differences(other)[0]
+    assert key().differences(key()) == ()
+
+
+def test_key_folder_name_is_plain():
+    assert re.fullmatch(r"orin-nvgpu-sm87-[0-9a-f]{12}", key().folder())
+    assert "/" not in key(device="../../etc").folder()
+
+
+def test_building_appears_whole_or_not_at_all(tmp_path):
+    bundle = tmp_path / "policy.gwp"
+    with building(bundle, key()) as work:
+        (work / "vision.engine").write_bytes(b"1")
+        write_record(work, record())
+        assert list_engines(bundle) == ((work, record()),)
+    final = engines_root(bundle) / key().folder()
+    assert (final / "vision.engine").read_bytes() == b"1"
+    assert not any(x.name.startswith(".") for x in final.parent.iterdir())
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, BuildError, SystemExit])
+def test_building_ended_early_leaves_the_old_set_and_nothing_else(tmp_path, end):
+    bundle = tmp_path / "policy.gwp"
+    with building(bundle, key()) as work:
+        write_record(work, record(bundle_id="old"))
+
+    def fail() -> None:
+        with building(bundle, key()) as work:
+            (work / "vision.engine").write_bytes(b"half")
+            raise end
+
+    with pytest.raises(end):
+        fail()
+    (only,) = list_engines(bundle)
+    assert only[1] == record(bundle_id="old")
+    with pytest.raises(end), building(tmp_path / "new.gwp", key()):
+        raise end
+    assert not engines_root(tmp_path / "new.gwp").exists()
+
+
+def test_clean_keeps_the_set_that_fits_and_its_timings(tmp_path):
+    bundle = tmp_path / "policy.gwp"
+    for wanted in (key(), key(tensorrt="10.4.0")):
+        with building(bundle, wanted) as work:
+            write_record(work, record(key=wanted))
+    root = engines_root(bundle)
+    (root / "timing-trt10.3.0-sm87.cache").write_bytes(b"t")
+    (root / ".building-left").mkdir()
+    removed = clean(bundle, keep=key())
+    assert {p.name for p in removed} == {key(tensorrt="10.4.0").folder(), ".building-left"}
+    assert (root / "timing-trt10.3.0-sm87.cache").exists()
+    clean(bundle)
+    assert not root.exists()
+    assert clean(bundle) == ()
+
+
+def test_read_record_strange_or_missing_is_refused(tmp_path):
+    with pytest.raises(BuildError, match="No such file"):
+        read_record(tmp_path)
+    (tmp_path / RECORD).write_text("{")
+    with pytest.raises(BuildError, match="--clean"):
+        read_record(tmp_path)
+    write_record(tmp_path, record(schema_version=2))
+    with pytest.raises(BuildError, match=r"layout gwp-edge\.engines 2"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [{"level": 6}, {"level": -1}, {"workspace_bytes": 1}])
+def test_build_options_out_of_range_are_refused(bad):
+    with pytest.raises(SpecError, match="must be"):
+        BuildOptions(**bad)
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_progress_nested_phases_rise_to_one():
+    seen: list[float] = []
+    build = BuildProgress(report=seen.append)
+    build.phase_start("all", None, 2)
+    for _ in range(2):
+        build.phase_start("part", "all", 4)
+        for _ in range(4):
+            assert build.step_complete("part")
+        build.phase_finish("part")
+        build.step_complete("all")
+    build.phase_finish("all")
+    assert seen == sorted(seen)
+    assert seen[0] == pytest.approx(0.125)
+    assert seen[-1] == 1.0
+    assert len(seen) == len(set(seen))
+
+
+def test_progress_survives_phases_that_end_early_or_are_not_known():
+    seen: list[float] = []
+    build = BuildProgress(report=seen.append)
+    build.phase_finish("never started")
+    assert build.step_complete("never started")
+    build.phase_start("all", None, 0)
+    build.phase_finish("all")
+    assert seen == [1.0]
+
+
+def test_progress_cancel_stops_the_builder_and_never_says_done():
+    seen: list[float] = []
+    build = BuildProgress(report=seen.append)
+    build.phase_start("all", None, 10)
+    build.cancel()
+    assert build.step_complete("all") is False
+    build.phase_finish("all")
+    assert build.is_cancelled
+    assert max(seen) < 1
+
+
+def test_run_interruptible_returns_and_raises_what_the_work_did():
+    assert run_interruptible(lambda: 3, lambda: None) == 3
+    with pytest.raises(BuildError, match="no"):
+        run_interruptible(lambda: (_ for _ in ()).throw(BuildError("no")), lambda: None)
+
+
+# -- proof of precision ----------------------------------------------------------------------------
+
+
+def layer(name="ffn", fmt="int8", stage="prefill") -> Layer:
+    return Layer(stage=stage, name=name, format=fmt, reason="", flops=1, weight_bytes=1)
+
+
+def engine_layer(name="ffn", tactic="", word="Float", kind="gemm", **more) -> dict:
+    return {
+        "Name": f"__myl_{name}",
+        "LayerType": kind,
+        "Inputs": [{"Name": "x", "Format/Datatype": word}],
+        "TacticName": tactic,
+        "Metadata": f"[ONNX Layer: {name}]\x1e[ONNX Layer: {name}.add]",
+        **more,
+    }
+
+
+def outcome(layers, asked="int8"):
+    (found,) = prove("prefill", [layer(fmt=asked)], parse_inspector(json.dumps({"Layers": layers})))
+    return found.outcome, found.got
+
+
+@pytest.mark.parametrize(
+    ("asked", "raw", "wanted"),
+    [
+        ("int8", {"tactic": "sm80_xmma_gemm_i8i8_i8i32_f32_tn"}, ("as asked", "int8")),
+        ("int8", {"word": "Int8"}, ("as asked", "int8")),
+        ("int8", {"word": "Row major linear INT8 format"}, ("as asked", "int8")),
+        ("int8", {"tactic": "sm80_xmma_gemm_f16f16_f16f32_f32"}, ("fell back", "fp16")),
+        # Quantized inputs into a float kernel: a published engine did exactly this.
+        ("int8", {"word": "Int8", "tactic": "f32f32_tf32f32"}, ("fell back", "fp32")),
+        ("fp8", {"tactic": "sm89_xmma_gemm_e4m3e4m3_e4m3f32_f32"}, ("as asked", "fp8")),
+        ("fp16", {"tactic": "ampere_h16816gemm_128x64"}, ("as asked", "fp16")),
+        ("bf16", {"tactic": "sm80_xmma_gemm_bf16bf16_bf16f32"}, ("as asked", "bf16")),
+        ("fp32", {"tactic": "sm80_xmma_gemm_f32f32_f32f32"}, ("as asked", "fp32")),
+        ("w4", {"word": "Half", "Weights": {"Type": "Int4"}}, ("as asked", "int4")),
+        ("w8", {"word": "Float"}, ("fell back", "fp32")),
+    ],
+)
+def test_proof_reads_kernels_types_and_weights(asked, raw, wanted):
+    assert outcome([engine_layer(**raw)], asked) == wanted
+
+
+def test_proof_product_decides_over_copies_beside_it():
+    copy = engine_layer(kind="kgen", word="Int8", tactic="__myl_MoveConc")
+    product = engine_layer(tactic="sm80_xmma_gemm_f16f16_f16f32_f32")
+    assert outcome([copy, product]) == ("fell back", "fp16")
+
+
+def test_proof_layer_that_is_nowhere_is_not_shown():
+    assert outcome([engine_layer(name="other")]) == ("not shown", "not shown")
+
+
+def test_proof_newer_dialect_with_split_datatype_is_understood():
+    raw = engine_layer(word="")
+    raw["Inputs"] = [{"Name": "x", "Datatype": "Int8", "Format": "row major"}]
+    assert outcome([raw]) == ("as asked", "int8")
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"Layers": ["a", "b"]}', '{"Layers": 3}', "[]"])
+def test_inspector_without_detail_is_refused(text):
+    with pytest.raises(BuildError, match="inspector"):
+        parse_inspector(text)
+
+
+def test_require_proof_fails_on_fallback_and_on_no_proof_at_all():
+    good = prove("prefill", [layer()], parse_inspector(_json(engine_layer(word="Int8"))))
+    bad = prove("prefill", [layer()], parse_inspector(_json(engine_layer(word="Half"))))
+    none = prove("prefill", [layer()], parse_inspector(_json(engine_layer(name="other"))))
+    require_proof(good)
+    require_proof([*good, *none])
+    with pytest.raises(
+        BuildError, match=r"1 of 2 quantized layers fell back.*fp16 instead of int8"
+    ):
+        require_proof([*good, *bad])
+    with pytest.raises(BuildError, match="nothing proves"):
+        require_proof(none)
+    assert summarize([*good, *bad]) == ("prefill int8: 1 as asked, 1 fell back",)
+
+
+def _json(*layers) -> str:
+    return json.dumps({"Layers": layers})
+
+
+# -- gates -----------------------------------------------------------------------------------------
+
+
+def golden(**changes):
+    wanted = np.zeros((4, 2))
+    values = {
+        "answer": wanted + 1e-5,
+        "wanted": wanted,
+        "other_seed": wanted + 1.0,
+        "tolerance": 1e-3,
+        "latent": np.ones(3, np.float32),
+        "wanted_latent": np.ones(3, np.float32),
+    }
+    return judge_golden(**{**values, **changes})
+
+
+def test_golden_gate_passes_what_is_near_and_returns_the_error():
+    assert golden() == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": np.full((4, 2), 0.1)}, "off by 0.1, allowed 0.001; the latent is right"),
+        ({"answer": np.full((4, 2), np.nan)}, "off by nan"),
+        ({"answer": np.full((4, 2), 0.1), "latent": np.full(3, 2, np.float32)}, "off by 100.0 %"),
+        ({"answer": np.full((4, 2), 0.1), "latent": np.full(3, np.nan, np.float32)}, "not finite"),
+        ({"other_seed": np.full((4, 2), 1e-4)}, "noise may not reach"),
+        ({"other_seed": np.full((4, 2), np.nan)}, "noise may not reach"),
+    ],
+)
+def test_golden_gate_refuses(changes, message):
+    with pytest.raises(BuildError, match=message):
+        golden(**changes)
+
+
+def test_parse_capability_refuses_words():
+    assert parse_capability("11.0") == (11, 0)
+    with pytest.raises(SpecError, match="expected two numbers"):
+        parse_capability("orin")
+
+
+# -- memory and graphs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(0, 0), (1, 256), (256, 256), (257, 512)])
+def test_padded_bytes_aligns_up(n, wanted):
+    assert padded_bytes(n) == wanted
+
+
+def test_stacked_rows_are_aligned_and_complete():
+    rows = np.arange(15, dtype=np.float32).reshape(3, 5)
+    table, stride = stacked(rows)
+    assert stride == 256
+    np.testing.assert_array_equal(table[:, :20].copy().view(np.float32), rows)
+
+
+def test_driver_without_libcuda_or_without_graphs_says_so(monkeypatch):
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(trt_graph, "load_libcuda", missing)
+    with pytest.raises(PerformanceIssue, match="or run without graphs"):
+        CudaDriver()
+    with pytest.raises(PerformanceIssue, match="no CUDA graphs"):
+        CudaDriver(object())
+
+
+def test_driver_failure_names_function_and_error():
+    class Library:
+        def __getattr__(self, name):
+            def call(*arguments):
+                if name == "cuGetErrorName":
+                    arguments[1]._obj.value = b"CUDA_ERROR_OUT_OF_MEMORY"
+                    return 0
+                return 2
+
+            setattr(self, name, call)
+            return call
+
+    with pytest.raises(DeviceError, match=r"cuGraphLaunch failed with CUDA_ERROR_OUT_OF_MEMORY"):
+        CudaDriver(Library()).call("cuGraphLaunch", ctypes.c_void_p(), 1)
+
+
+# -- stubs -----------------------------------------------------------------------------------------
+
+# Names that NVIDIA removed with TensorRT 11, from its migration guide; none may be used.
+REMOVED_IN_11 = (
+    "BuilderFlag.FP16",
+    "BuilderFlag.INT8",
+    "BuilderFlag.FP8",
+    "BuilderFlag.BF16",
+    "BuilderFlag.INT4",
+    "OBEY_PRECISION_CONSTRAINTS",
+    "PREFER_PRECISION_CONSTRAINTS",
+    "int8_calibrator",
+    "platform_has_fast",
+    "create_execution_context_without_device_memory",
+    "EXPLICIT_BATCH",
+    "set_dynamic_range",
+    "algorithm_selector",
+)
+
+
+def test_engine_sources_use_nothing_that_tensorrt_11_removed():
+    for path in (ROOT / "gwp_edge" / "engines").glob("trt*.py"):
+        text = path.read_text()
+        assert [name for name in REMOVED_IN_11 if name in text] == [], path.name
+
+
+def test_record_is_forbidden_unknown_fields():
+    entry = {**msgspec.to_builtins(record()), "more": 1}
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(entry, EngineRecord)
