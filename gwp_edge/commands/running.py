@@ -70,6 +70,10 @@ def run(
     realtime: Annotated[
         bool, typer.Option("--realtime/--no-realtime", help="Ask for real-time priority.")
     ] = True,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", help="Record everything to this new folder; see replay."),
+    ] = None,
     skip_check: Annotated[
         list[str] | None,
         typer.Option("--skip-check", help="Go on although this preflight check fails."),
@@ -131,6 +135,7 @@ def run(
             refuse_far=not simulated,
             realtime=realtime,
         ),
+        record=record,
         duration_s=duration,
         skip_checks=skipped,
     )

@@ -125,6 +125,12 @@ def test_replay_of_a_recorded_nan_answered_by_a_number_diverges(copy_of):
     assert report.chunks[-1].actions_rad == np.inf
 
 
+def test_replay_that_answers_nan_diverges(session):
+    report = replay(session, StagedPolicy(SPEC, gain=np.nan), tolerance=1.0)
+    assert report.first_divergence.diverged == "actions"
+    assert report.first_divergence.actions_rad == np.inf
+
+
 def test_replay_leaves_out_what_was_lost_and_counts_it(copy_of):
     def lose(chunks):
         chunks["has_trace"][0] = 0
