@@ -14,6 +14,7 @@ from gwp_edge.commands import (
     inference,
     machine,
     running,
+    sessions,
     statistics,
     verifying,
 )
@@ -34,6 +35,7 @@ for command in (
     verifying.verify,
     inference.infer,
     running.run,
+    sessions.replay,
     benching.bench,
     machine.doctor,
     cameras.cameras,
