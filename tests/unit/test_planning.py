@@ -13,12 +13,14 @@ from gwp_edge.machine_limits import GemmRate, Limits
 from gwp_edge.planning import Device, device_names, estimate, find_device, memory_plan, workload
 from gwp_edge.planning.devices import this_processor
 from gwp_edge.planning.latency import (
+    Comparison,
     best_precision,
     compare,
     estimate_stage,
     judge_measured,
 )
 from gwp_edge.planning.memory import GIB, available_bytes, check_free, fits
+from gwp_edge.planning.self_check import require_agreement
 from gwp_edge.planning.workload import LayerWork, StageWork, cache_bytes
 
 GB = 1_000_000_000
@@ -205,6 +207,12 @@ def test_compare_takes_the_median_of_measured_passes():
     assert row.error == pytest.approx(row.expected_ms / 20 - 1)
     with pytest.raises(SpecError, match="no measured pass"):
         compare(found, {"prefill": []})
+
+
+def test_require_agreement_names_the_stage_that_is_off():
+    require_agreement((Comparison(stage="prefill", expected_ms=80, measured_ms=100),))
+    with pytest.raises(PerformanceIssue, match=r"denoise.*\+30 %.*quiet"):
+        require_agreement((Comparison(stage="denoise", expected_ms=130, measured_ms=100),))
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -1,0 +1,130 @@
+"""``gwp-edge build`` and ``gwp-edge plan`` as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gwp_edge.commands import building
+from gwp_edge.engines.trt_cache import EngineKey, EngineRecord, write_record
+from gwp_edge.engines.trt_cache import building as building_folder
+from gwp_edge.errors import GwpError, PerformanceIssue, SpecError
+
+app = typer.Typer()
+app.command()(building.build)
+app.command()(building.plan)
+
+
+def run(*arguments: str) -> str:
+    """Return what a command printed; its error is raised as in the program."""
+    done = CliRunner().invoke(app, arguments)
+    if isinstance(done.exception, GwpError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+KEY = EngineKey(
+    graphs={},
+    weights="w",
+    precision="int8",
+    tensorrt="10.3.0",
+    compute_capability="8.7",
+    device="Orin",
+    flags={"level": "3"},
+)
+
+
+@pytest.fixture
+def built(tmp_path):
+    bundle = tmp_path / "policy.gwp"
+    record = EngineRecord(
+        schema="gwp-edge.engines",
+        schema_version=1,
+        key=KEY,
+        bundle_id="x",
+        created_at="2026-01-01T00:00:00Z",
+        files={},
+        proof=(),
+        golden_error=0.001,
+    )
+    with building_folder(bundle, KEY) as work:
+        write_record(work, record)
+    return bundle
+
+
+def test_build_list_and_clean_need_no_gpu(built):
+    (only,) = json.loads(run("build", str(built), "--list", "--json"))
+    assert only["record"]["key"]["device"] == "Orin"
+    assert "10.3.0" in run("build", str(built), "--list")
+    assert len(json.loads(run("build", str(built), "--clean", "--json"))["removed"]) == 1
+    assert json.loads(run("build", str(built), "--list", "--json")) == []
+    assert "there was nothing" in run("build", str(built), "--clean")
+
+
+def test_build_refuses_contradictions_and_bad_numbers(built):
+    with pytest.raises(SpecError, match="exclude each other"):
+        run("build", str(built), "--list", "--clean")
+    with pytest.raises(SpecError, match="--level must be 0 to 5"):
+        run("build", str(built), "--level", "9")
+    with pytest.raises(SpecError, match="--workspace must be at least"):
+        run("build", str(built), "--workspace", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a bundle, or --size"),
+        (("x.gwp", "--size", "gwp05-full"), "give a bundle, or --size"),
+        (("--size", "gwp05-full"), "--size needs --precision"),
+        (("x.gwp", "--precision", "int8"), "belong to --size"),
+        (("--size", "gwp05-full", "--device", "tx2"), "tx2 is not known"),
+    ],
+)
+def test_plan_refuses_what_does_not_fit_together(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        run("plan", *arguments)
+
+
+@pytest.mark.export
+def test_plan_of_a_bundle_says_modelled_for_every_device(exported):
+    pytest.importorskip("torch")
+    bundle = str(exported("gwp05", precision="bf16"))
+    found = json.loads(run("plan", bundle, "--json"))
+    assert found["label"] == "modelled"
+    for row in found["devices"]:
+        assert row["floor_ms"] < row["expected_ms"]
+        assert row["fits"]["run"]
+    text = run("plan", bundle, "--device", "thor")
+    assert "modelled" in text
+    assert "thor" in text
+
+
+@pytest.mark.export
+def test_plan_of_a_size_refuses_fp8_on_orin_and_goes_on(exported):
+    pytest.importorskip("torch")
+    found = json.loads(
+        run(
+            *("plan", "--size", "gwp05-tiny", "--precision", "fp8", "--rest", "fp16", "--json"),
+            *("--device", "orin-agx-64", "--device", "thor"),
+        )
+    )
+    orin, thor = found["devices"]
+    assert "no fp8 units" in orin["refused"]
+    assert "--precision int8" in orin["refused"]
+    assert thor["refused"] is None
+    with pytest.raises(SpecError, match="--rest fp7"):
+        run("plan", "--size", "gwp05-tiny", "--precision", "fp8", "--rest", "fp7")
+
+
+@pytest.mark.export
+def test_build_without_a_gpu_says_what_is_missing(exported):
+    pytest.importorskip("torch")
+    try:
+        import pycuda  # noqa: F401
+    except ImportError:
+        with pytest.raises(PerformanceIssue, match="pycuda cannot be imported"):
+            run("build", str(exported("gwp05", precision="bf16")))
