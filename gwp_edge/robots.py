@@ -24,6 +24,7 @@ ARMS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_arm",
     "sim": "gwp_edge.drivers.sim:create_arm",
     "piper": "gwp_edge.drivers.piper:create_arm",
+    "disturbed": "gwp_edge.profiling.disturb:create_arm",
     "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_arm",
 }
 CAMERAS: Final[dict[str, str]] = {
@@ -32,6 +33,7 @@ CAMERAS: Final[dict[str, str]] = {
     "realsense": "gwp_edge.drivers.realsense:create_camera",
     "rs-file": "gwp_edge.drivers.recorded:create_rs_file_camera",
     "lerobot": "gwp_edge.drivers.recorded:create_lerobot_camera",
+    "disturbed": "gwp_edge.profiling.disturb:create_camera",
     "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_camera",
 }
 WORLDS: Final[dict[str, str]] = {
@@ -239,7 +241,8 @@ def world_options(
 
     A real or recorded camera may look at an arm that lives in a world.
     """
-    return extra if robot.world is not None and device.kind == robot.world.kind else {}
+    kind = device.options.get("disturbed_kind", device.kind)  # what a wrapper holds
+    return extra if robot.world is not None and kind == robot.world.kind else {}
 
 
 def create_world(robot: RobotConfig, spec: PolicySpec) -> World | None:

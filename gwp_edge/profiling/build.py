@@ -1,0 +1,209 @@
+"""Put a report together from what was collected."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from gwp_edge.bundle import Manifest
+from gwp_edge.doctor.power import check_power_mode
+from gwp_edge.doctor.system import LocalSystem
+from gwp_edge.machine_limits import Limits, Machine
+from gwp_edge.profiling import verdicts
+from gwp_edge.profiling.chunks import (
+    camera_reports,
+    chunk_columns,
+    chunk_table,
+    joined,
+    phase_summaries,
+)
+from gwp_edge.profiling.collect import Raw
+from gwp_edge.profiling.motor_report import first_ns, motor_report
+from gwp_edge.profiling.roofline import roofline
+from gwp_edge.profiling.schema import (
+    SCHEMA,
+    SCHEMA_VERSION,
+    CameraReport,
+    Context,
+    Cost,
+    ProfileReport,
+    Roofline,
+    SystemReport,
+)
+from gwp_edge.spec import PolicySpec
+
+_SYNCHRONISED = {
+    "cpu": "calls return when the result is there; nothing runs behind them",
+    "cuda": "every stage ends with its outputs copied to the host, which waits for the device",
+}
+
+
+def make_context(
+    spec: PolicySpec,
+    machine: Machine,
+    *,
+    manifest: Manifest | None,
+    bundle: str | None,
+    robot: str | None,
+    engine: str | None,
+    provider: str | None,
+    threads: int | None,
+    motor_hz: float | None,
+    duration_s: float,
+    warmup_s: float,
+    repeat: int = 1,
+    disturbances: Sequence[str] = (),
+) -> Context:
+    """Return what a reader must know; taken before the run, as the machine stands then."""
+    power = check_power_mode(LocalSystem())[0]
+    return Context(
+        command_line=tuple(sys.argv),
+        started_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        robot=robot,
+        bundle=bundle,
+        bundle_id=manifest.bundle_id if manifest else None,
+        precision=manifest.precision.name if manifest else None,
+        engine=engine,
+        provider=provider,
+        threads=threads,
+        n_rows=spec.n_rows,
+        period_ms=spec.period_ns / 1e6,
+        n_steps=spec.sampler.n_steps,
+        motor_hz=motor_hz,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        repeat=repeat,
+        disturbances=tuple(disturbances),
+        synchronised=_SYNCHRONISED.get(provider or "", "as the policy does"),
+        power_mode=power.detail if power.status != "skip" else None,
+        machine=machine,
+    )
+
+
+def build_report(
+    raws: list[Raw],
+    spec: PolicySpec,
+    context: Context,
+    *,
+    cameras: tuple[str, ...] = (),
+    manifest: Manifest | None = None,
+    limits: Limits | None = None,
+    why_no_limits: str | None = None,
+    every_frame: bool = True,
+    outcome: str = "done",
+    n_holds: int = 0,
+    faults: Sequence[str] = (),
+    cost_us: tuple[float, float] = (0.0, 0.0),
+) -> ProfileReport:
+    """Return the report of one or several runs.
+
+    Args:
+        raws: what was collected, one for each run.
+        spec: of the policy.
+        context: see ``make_context``.
+        cameras: names in the order of the stamps; empty for the engine alone.
+        manifest: of the bundle, for the roofline.
+        limits: of the machine, likewise.
+        why_no_limits: said where there are none.
+        every_frame: see ``chunks.camera_reports``.
+        outcome: how the runs ended.
+        n_holds: how often a running arm went to hold.
+        faults: what went wrong.
+        cost_us: of one stamp and of one tick.
+    """
+    warmup_s = context.warmup_s
+    table = joined([chunk_table(raw, spec, warmup_s=warmup_s, run=i) for i, raw in enumerate(raws)])
+    steady = table.steady
+    phases = phase_summaries(table)
+    line = Roofline(limits=None, stages={}, why_not=why_no_limits or "not measured")
+    if limits is not None and manifest is not None:
+        line = roofline(steady, manifest, limits)
+    motor = None
+    if context.motor_hz is not None:
+        motor = motor_report(raws, spec, motor_hz=context.motor_hz, warmup_s=warmup_s)
+    found_cameras = _cameras(raws, cameras, warmup_s=warmup_s, every_frame=every_frame)
+    system = _system(raws)
+    plan, tail = verdicts.budget(steady, spec), verdicts.tail(steady)
+    failures = tuple(raw.failure for raw in raws if raw.failure is not None)
+    return ProfileReport(
+        schema=SCHEMA,
+        schema_version=SCHEMA_VERSION,
+        context=context,
+        outcome=outcome,
+        phases=phases,
+        chunks=chunk_columns(table, first_ns(raws[0])),
+        motor=motor,
+        cameras=found_cameras,
+        budget=plan,
+        tail=tail,
+        verdicts=verdicts.verdicts(
+            plan=plan,
+            tail_report=tail,
+            motor=motor,
+            cameras=found_cameras,
+            steady=phases.get("steady", {}),
+            cold=phases.get("cold", {}),
+            roofline=line,
+            system=system,
+            n_holds=n_holds,
+        ),
+        roofline=line,
+        system=system,
+        cost=_cost(raws, cost_us),
+        faults=(*faults, *failures),
+    )
+
+
+def _cameras(
+    raws: list[Raw],
+    names: tuple[str, ...],
+    *,
+    warmup_s: float,
+    every_frame: bool,
+) -> tuple[CameraReport, ...]:
+    """Return one report per camera; counts add up over the runs, the rest is the last run's."""
+    runs = [camera_reports(raw, names, warmup_s=warmup_s, every_frame=every_frame) for raw in raws]
+    return tuple(
+        CameraReport(
+            name=of_camera[-1].name,
+            period_ms=of_camera[-1].period_ms,
+            n_expected=sum(c.n_expected for c in of_camera),
+            n_missing=sum(c.n_missing for c in of_camera),
+            transport_ms=of_camera[-1].transport_ms,
+        )
+        for of_camera in zip(*runs, strict=True)
+    )
+
+
+def _system(raws: list[Raw]) -> SystemReport | None:
+    samples = [raw.system for raw in raws if raw.system is not None and raw.system.t_ns]
+    if not samples:
+        return None
+    t0_ns = first_ns(raws[0])
+    rows = [row for s in samples for row in s.rows]
+    names = sorted({name for row in rows for name in row})
+    columns = {
+        name: [round(row[name], 3) if name in row else None for row in rows] for name in names
+    }
+    return SystemReport(
+        t_s=[round((t - t0_ns) / 1e9, 3) for s in samples for t in s.t_ns],
+        columns=columns,
+        peaks={n: max(v for v in values if v is not None) for n, values in columns.items()},
+        throttled=tuple(dict.fromkeys(part for s in samples for part in s.throttled)),
+        source=samples[-1].sources,
+    )
+
+
+def _cost(raws: list[Raw], cost_us: tuple[float, float]) -> Cost:
+    wall_s = sum(raw.wall_s for raw in raws) or 1.0
+    lost = {k: int(np.sum([raw.n_lost.get(k, 0) for raw in raws])) for r in raws for k in r.n_lost}
+    return Cost(
+        listener_percent=100 * sum(raw.listener_s for raw in raws) / wall_s,
+        sampler_percent=100 * sum(raw.sampler_s for raw in raws) / wall_s,
+        stamp_us=cost_us[0],
+        tick_us=cost_us[1],
+        n_lost=lost,
+    )

@@ -1,0 +1,378 @@
+"""Disturbances on purpose: to try what-ifs, and to prove that a profile blames the right part.
+
+For simulated robots and for the engine alone; never on an arm that a person may stand next to.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+import os
+import random
+import re
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import msgspec
+
+from gwp_edge.bundle import Bundle
+from gwp_edge.engines import create_engine
+from gwp_edge.errors import SpecError
+from gwp_edge.policy import BundlePolicy
+from gwp_edge.protocols import Arm, Camera, Engine
+from gwp_edge.robots import ARMS, CAMERAS, RobotConfig, import_callable
+from gwp_edge.run_options import RunStatus
+from gwp_edge.spec import Channel, PolicySpec
+from gwp_edge.status import Mode
+from gwp_edge.types import ArmState, Float32Array, FloatArray, Frame, ImageArray, JointLimits
+
+_STAGES: Final = ("vision", "prefill", "denoise")
+_FORMS: Final = (
+    "vision=40ms, prefill=40ms@10%, denoise=5ms (of each call, of a share of calls), drop=10% "
+    "(camera frames), bus=3ms@5% (sending), stall=20ms/1s (of the motor process), cpu=2 (burners)"
+)
+# The guardian takes over after 50 ms of silence.
+_MAX_STALL_MS: Final = 40.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbances:
+    """What is injected; times in ms, chances 0 to 1.
+
+    Attributes:
+        texts: as asked for.
+        stages: extra time and chance by stage.
+        drop: chance of a camera frame to be lost.
+        bus: extra time and chance of a command.
+        stall: stop of the motor process, ms, and time between stops, s.
+        n_burners: processes that keep a core busy.
+    """
+
+    texts: tuple[str, ...] = ()
+    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
+    drop: float = 0.0
+    bus: tuple[float, float] | None = None
+    stall: tuple[float, float] | None = None
+    n_burners: int = 0
+
+    @property
+    def needs_robot(self) -> bool:
+        """Whether one of them concerns cameras, bus or motor loop."""
+        return bool(self.drop or self.bus or self.stall)
+
+
+def parse_disturbances(texts: Sequence[str]) -> Disturbances:
+    """Read what the command line gives.
+
+    Raises:
+        SpecError: not one of the forms, or out of range.
+    """
+    stages: dict[str, tuple[float, float]] = {}
+    drop, bus, stall, n_burners = 0.0, None, None, 0
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in (*_STAGES, "bus"):
+            found = _match(r"(\d+(?:\.\d+)?)ms(?:@(\d+(?:\.\d+)?)%)?", value, text)
+            pair = (float(found[1]), float(found[2] or 100.0) / 100.0)
+            _check(pair[0] <= 10_000 and 0 < pair[1] <= 1, text)
+            if name == "bus":
+                bus = pair
+            else:
+                stages[name] = pair
+        elif name == "drop":
+            drop = float(_match(r"(\d+(?:\.\d+)?)%", value, text)[1]) / 100.0
+            _check(0 < drop < 1, text)
+        elif name == "stall":
+            found = _match(r"(\d+(?:\.\d+)?)ms/(\d+(?:\.\d+)?)s", value, text)
+            stall = (float(found[1]), float(found[2]))
+            _check(0 < stall[0] <= _MAX_STALL_MS and stall[1] >= 0.05, text)
+        elif name == "cpu":
+            n_burners = int(_match(r"(\d+)", value, text)[1])
+            _check(0 < n_burners <= 64, text)
+        else:
+            _check(False, text)  # noqa: FBT003 - the check of a name that there is not
+    return Disturbances(
+        texts=tuple(texts), stages=stages, drop=drop, bus=bus, stall=stall, n_burners=n_burners
+    )
+
+
+def _match(pattern: str, value: str, text: str) -> re.Match[str]:
+    found = re.fullmatch(pattern, value)
+    if found is None:
+        raise SpecError(f"--disturb {text}: expected one of {_FORMS}")
+    return found
+
+
+def _check(condition: bool, text: str) -> None:  # noqa: FBT001 - a guard reads best so
+    if not condition:
+        raise SpecError(
+            f"--disturb {text}: unknown or out of range (a stall lasts at most "
+            f"{_MAX_STALL_MS:.0f} ms); expected one of {_FORMS}"
+        )
+
+
+# -- in the policy process ------------------------------------------------------------------------
+
+
+class DisturbedEngine:
+    """An engine whose stages take longer now and then. Threads: one owner."""
+
+    def __init__(self, inner: Engine, stages: Mapping[str, tuple[float, float]]) -> None:
+        self._inner = inner
+        self._stages = stages
+        self._random = random.Random(0)
+
+    def _wait(self, stage: str) -> None:
+        extra_ms, chance = self._stages.get(stage, (0.0, 0.0))
+        if self._random.random() < chance:
+            time.sleep(extra_ms / 1e3)
+
+    def set_prompt(self, task: str) -> None:
+        """As the engine's."""
+        self._inner.set_prompt(task)
+
+    def vision(self, canvas: ImageArray) -> Float32Array:
+        """As the engine's, later."""
+        self._wait("vision")
+        return self._inner.vision(canvas)
+
+    def prefill(self, latent: Float32Array, state_norm: Float32Array) -> None:
+        """As the engine's, later."""
+        self._wait("prefill")
+        self._inner.prefill(latent, state_norm)
+
+    def denoise(
+        self, x: Float32Array, step_idx: int, prefix_norm: Float32Array, prefix_gain: Float32Array
+    ) -> Float32Array:
+        """As the engine's, later."""
+        self._wait("denoise")
+        return self._inner.denoise(x, step_idx, prefix_norm, prefix_gain)
+
+    def close(self) -> None:
+        """As the engine's."""
+        self._inner.close()
+
+
+def create_policy(
+    *,
+    path: str,
+    stages: Mapping[str, tuple[float, float]],
+    engine: str = "ort",
+    task: str | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    seed: int | None = None,
+    check_golden: bool = False,
+) -> BundlePolicy:
+    """Load a bundle as ``gwp_edge.policy:load`` does, on a disturbed engine."""
+    bundle = Bundle.open(path)
+    inner = create_engine(engine, bundle, provider=provider, threads=threads, weights="packed")
+    policy = BundlePolicy(bundle, DisturbedEngine(inner, stages), task=task, seed=seed)
+    if check_golden:
+        try:
+            policy.check_golden()
+        except BaseException:
+            policy.close()
+            raise
+    return policy
+
+
+# -- cameras and arms -----------------------------------------------------------------------------
+
+
+class DisturbedCamera:
+    """A camera that loses frames. Threads: as its inner one."""
+
+    def __init__(self, inner: Camera, drop: float) -> None:
+        self._inner = inner
+        self._drop = drop
+        self._kept: Frame | None = None
+
+    @property
+    def name(self) -> str:
+        """As the camera's."""
+        return self._inner.name
+
+    def open(self) -> None:
+        """As the camera's."""
+        self._inner.open()
+
+    def latest(self) -> Frame | None:
+        """Return the newest frame that was not lost."""
+        frame = self._inner.latest()
+        if frame is None or (self._kept is not None and self._is_lost(frame.frame_idx)):
+            return self._kept
+        self._kept = frame
+        return frame
+
+    def _is_lost(self, frame_idx: int) -> bool:
+        # The same answer at every look at the same frame.
+        return random.Random(frame_idx).random() < self._drop
+
+    def close(self) -> None:
+        """As the camera's."""
+        self._inner.close()
+
+
+class DisturbedArm:
+    """An arm on a bus that is slow now and then. Threads: as its inner one."""
+
+    def __init__(self, inner: Arm, bus: tuple[float, float]) -> None:
+        self._inner = inner
+        self._extra_ms, self._chance = bus
+        self._random = random.Random(0)
+
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """As the arm's."""
+        return self._inner.channels
+
+    @property
+    def limits(self) -> JointLimits:
+        """As the arm's."""
+        return self._inner.limits
+
+    def open(self, *, enable: bool) -> None:
+        """As the arm's."""
+        self._inner.open(enable=enable)
+
+    def state(self) -> ArmState:
+        """As the arm's."""
+        return self._inner.state()
+
+    def send(self, position: FloatArray) -> None:
+        """As the arm's, later."""
+        if self._random.random() < self._chance:
+            time.sleep(self._extra_ms / 1e3)
+        self._inner.send(position)
+
+    def hold(self) -> None:
+        """As the arm's, at once."""
+        self._inner.hold()
+
+    def close(self) -> None:
+        """As the arm's."""
+        self._inner.close()
+
+
+def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> DisturbedCamera:
+    """Make the camera ``disturbed_kind`` that loses the share ``disturbed_drop`` of its frames."""
+    kind, drop, rest = _unwrapped(options, "disturbed_drop")
+    inner = import_callable(CAMERAS[kind], "camera driver")(role, rest, spec)
+    return DisturbedCamera(cast(Camera, inner), float(drop))
+
+
+def create_arm(options: Mapping[str, object], spec: PolicySpec) -> DisturbedArm:
+    """Make the arm ``disturbed_arm_kind`` whose sends take ``disturbed_bus`` longer."""
+    kind, bus, rest = _unwrapped(options, "disturbed_bus")
+    inner = import_callable(ARMS[kind], "arm driver")(rest, spec)
+    return DisturbedArm(cast(Arm, inner), (float(bus[0]), float(bus[1])))
+
+
+def _unwrapped(options: Mapping[str, object], key: str) -> tuple[str, Any, dict[str, object]]:
+    rest = {k: v for k, v in options.items() if not k.startswith("disturbed_")}
+    try:
+        return str(options["disturbed_kind"]), options[key], rest
+    except KeyError as e:
+        raise SpecError(f"a disturbed device needs {e}; it is made by profile --disturb") from e
+
+
+def disturbed_robot(robot: RobotConfig, disturbances: Disturbances) -> RobotConfig:
+    """Return the robot with its devices wrapped.
+
+    Raises:
+        SpecError: the robot is a real one.
+    """
+    if disturbances.texts and not robot.is_simulated:
+        raise SpecError(
+            f"--disturb is for simulated robots: {robot.name} is a real one, and nobody next to it "
+            "should meet a stall that was made on purpose"
+        )
+    if disturbances.drop:
+        cameras = tuple(
+            msgspec.structs.replace(
+                c,
+                kind="disturbed",
+                options={
+                    **c.options,
+                    "disturbed_kind": c.kind,
+                    "disturbed_drop": disturbances.drop,
+                },
+            )
+            for c in robot.cameras
+        )
+        robot = msgspec.structs.replace(robot, cameras=cameras)
+    if disturbances.bus is not None:
+        arm = robot.arm
+        options = {
+            **arm.options,
+            "disturbed_kind": arm.kind,
+            "disturbed_bus": list(disturbances.bus),
+        }
+        arm = msgspec.structs.replace(arm, kind="disturbed", options=options)
+        robot = msgspec.structs.replace(robot, arm=arm)
+    return robot
+
+
+# -- around the run -------------------------------------------------------------------------------
+
+
+class Around:
+    """Burners and stalls while a run goes on; a context manager. Threads: one owner."""
+
+    def __init__(self, disturbances: Disturbances) -> None:
+        self._stall = disturbances.stall
+        self._n_burners = disturbances.n_burners
+        self._motor_pid = 0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._burners: list[multiprocessing.process.BaseProcess] = []
+
+    def see(self, status: RunStatus) -> None:
+        """Learn the motor's process; it is stalled in motion only."""
+        self._motor_pid = status.motor_pid if status.mode in (Mode.APPROACH, Mode.RUN) else 0
+
+    def __enter__(self) -> Around:
+        """Start what was asked for."""
+        context = multiprocessing.get_context("spawn")
+        for _ in range(self._n_burners):
+            burner = context.Process(target=_burn, args=(os.getpid(),), daemon=True)
+            burner.start()
+            self._burners.append(burner)
+        if self._stall is not None:
+            self._thread = threading.Thread(target=self._stalls, args=self._stall, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it all."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        for burner in self._burners:
+            burner.kill()
+            burner.join()
+            burner.close()
+
+    def _stalls(self, for_ms: float, every_s: float) -> None:
+        while not self._over.wait(every_s):
+            pid = self._motor_pid
+            if not pid:
+                continue
+            try:
+                os.kill(pid, signal.SIGSTOP)
+                try:
+                    time.sleep(for_ms / 1e3)
+                finally:
+                    os.kill(pid, signal.SIGCONT)
+            except ProcessLookupError:
+                return
+
+
+def _burn(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        sum(range(100_000))

@@ -1,0 +1,278 @@
+"""Profile a robot, or an engine alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gwp_edge.bundle import Manifest, read_manifest
+from gwp_edge.errors import GwpError, SpecError
+from gwp_edge.machine_limits import Limits, Machine, describe_machine
+from gwp_edge.policy import BundlePolicy
+from gwp_edge.profiling import disturb
+from gwp_edge.profiling.build import build_report, make_context
+from gwp_edge.profiling.collect import Listener, Raw, collect_engine, measure_cost
+from gwp_edge.profiling.disturb import Around, Disturbances, disturbed_robot
+from gwp_edge.profiling.roofline import cached_limits
+from gwp_edge.profiling.schema import ProfileReport
+from gwp_edge.profiling.system_sampler import SystemSampler
+from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
+from gwp_edge.runtime import run
+from gwp_edge.telemetry import RunSummary
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileOptions:
+    """How to profile.
+
+    Attributes:
+        duration_s: of the motion, or of the engine's work.
+        warmup_s: of the motion, left out of the steady phase.
+        repeat: how often.
+        sample_system: follow load, clocks, memory and heat.
+        limits: measure this machine's limits for the roofline, or take them from the cache.
+        disturbances: what to inject.
+    """
+
+    duration_s: float = 30.0
+    warmup_s: float = 1.0
+    repeat: int = 1
+    sample_system: bool = True
+    limits: bool = True
+    disturbances: Disturbances = dataclasses.field(default_factory=Disturbances)
+
+    def __post_init__(self) -> None:
+        if not (self.duration_s > 0 and self.warmup_s >= 0 and self.repeat >= 1):
+            raise SpecError("expected --duration above 0, --warmup not below 0, --repeat from 1 on")
+
+
+def profile_engine(
+    bundle: str,
+    options: ProfileOptions,
+    *,
+    engine: str = "ort",
+    provider: str = "cpu",
+    threads: int | None = None,
+    task: str | None = None,
+    progress: Progress | None = None,
+) -> ProfileReport:
+    """Profile a bundle's engine on random observations: no robot, no cameras, no motor loop.
+
+    Each repetition loads the bundle anew, so that each has its own cold call.
+
+    Raises:
+        SpecError: the bundle or an option does not fit.
+    """
+    if options.disturbances.needs_robot:
+        raise SpecError("--disturb drop, bus and stall need a robot: add --robot kinematic or sim")
+    manifest = read_manifest(bundle)
+    machine = describe_machine()
+    limits, why = _limits(machine, engine, provider, threads, options, progress)
+    raws = []
+    with Around(options.disturbances):
+        for i in range(options.repeat):
+            if progress is not None:
+                progress("profile", i, options.repeat)
+            policy = _policy(bundle, options, engine, provider, threads, task)
+            sampler = SystemSampler() if options.sample_system else None
+            if sampler is not None:
+                sampler.pids = {"engine": os.getpid()}
+            try:
+                raws.append(
+                    collect_engine(
+                        policy,
+                        duration_s=options.duration_s + options.warmup_s,
+                        n_max=None,
+                        sampler=sampler,
+                    )
+                )
+            finally:
+                policy.close()
+                if sampler is not None:
+                    sampler.close()
+    if progress is not None:
+        progress("profile", options.repeat, options.repeat)
+    context = make_context(
+        manifest.spec,
+        machine,
+        manifest=manifest,
+        bundle=bundle,
+        robot=None,
+        engine=engine,
+        provider=provider,
+        threads=threads,
+        motor_hz=None,
+        duration_s=options.duration_s,
+        warmup_s=options.warmup_s,
+        repeat=options.repeat,
+        disturbances=options.disturbances.texts,
+    )
+    return build_report(
+        raws,
+        manifest.spec,
+        context,
+        manifest=manifest,
+        limits=limits,
+        why_no_limits=why,
+        cost_us=measure_cost(manifest.spec),
+    )
+
+
+def _policy(
+    bundle: str,
+    options: ProfileOptions,
+    engine: str,
+    provider: str,
+    threads: int | None,
+    task: str | None,
+) -> BundlePolicy:
+    return disturb.create_policy(
+        path=bundle,
+        stages=options.disturbances.stages,
+        engine=engine,
+        provider=provider,
+        threads=threads,
+        task=task,
+        seed=0,
+    )
+
+
+def profile_robot(
+    run_options: RunOptions,
+    options: ProfileOptions,
+    *,
+    on_status: StatusCallback | None = None,
+    keys: KeySource | None = None,
+    progress: Progress | None = None,
+) -> tuple[ProfileReport, RunSummary]:
+    """Run a robot and profile it; the report is there however the run ended.
+
+    Args:
+        run_options: what to run; its duration is the profile's, its policy may be any.
+        options: how to profile.
+        on_status: as ``runtime.run``.
+        keys: likewise.
+        progress: called while the machine's limits are measured, before anything moves.
+
+    Returns:
+        The report, and the summary of the last run.
+
+    Raises:
+        SpecError: the options do not fit; nothing was started.
+    """
+    disturbances = options.disturbances
+    kwargs = run_options.policy.kwargs
+    robot = disturbed_robot(run_options.robot, disturbances)
+    manifest = _manifest(kwargs)
+    engine, provider = str(kwargs.get("engine", "")), str(kwargs.get("provider", ""))
+    threads = kwargs.get("threads")
+    n_threads = threads if isinstance(threads, int) else None
+    machine = describe_machine()
+    limits, why = _limits(machine, engine, provider, n_threads, options, progress)
+    if manifest is None:
+        limits, why = None, "the policy is no bundle"
+    policy = run_options.policy
+    if disturbances.stages:
+        if manifest is None:
+            raise SpecError("--disturb vision, prefill and denoise need a bundle")
+        policy = dataclasses.replace(
+            policy,
+            factory="gwp_edge.profiling.disturb:create_policy",
+            kwargs={**kwargs, "stages": disturbances.stages},
+        )
+    run_options = dataclasses.replace(
+        run_options,
+        robot=robot,
+        policy=policy,
+        duration_s=options.duration_s + options.warmup_s,
+    )
+    context = make_context(
+        run_options.spec,
+        machine,
+        manifest=manifest,
+        bundle=str(kwargs["path"]) if manifest is not None else None,
+        robot=robot.name,
+        engine=engine or None,
+        provider=provider or None,
+        threads=n_threads,
+        motor_hz=run_options.motor.rate_hz,
+        duration_s=options.duration_s,
+        warmup_s=options.warmup_s,
+        repeat=options.repeat,
+        disturbances=disturbances.texts,
+    )
+    raws, summaries = _runs(run_options, options, on_status, keys)
+    report = build_report(
+        raws,
+        run_options.spec,
+        context,
+        cameras=tuple(c.role for c in robot.cameras),
+        manifest=manifest,
+        limits=limits,
+        why_no_limits=why,
+        every_frame=policy.replan_hz is None and not policy.synchronous,
+        outcome=summaries[-1].outcome,
+        n_holds=sum(s.n_holds for s in summaries),
+        faults=tuple(fault for s in summaries for fault in s.faults),
+        cost_us=measure_cost(run_options.spec),
+    )
+    return report, summaries[-1]
+
+
+def _runs(
+    run_options: RunOptions,
+    options: ProfileOptions,
+    on_status: StatusCallback | None,
+    keys: KeySource | None,
+) -> tuple[list[Raw], list[RunSummary]]:
+    """Run it as often as asked for, or until it ends badly."""
+    raws: list[Raw] = []
+    summaries: list[RunSummary] = []
+    with Around(options.disturbances) as around:
+        for _ in range(options.repeat):
+            listener = Listener(
+                run_options.spec, SystemSampler() if options.sample_system else None
+            )
+
+            def see(status: RunStatus, listener: Listener = listener) -> None:
+                listener.see(status)
+                around.see(status)
+                if on_status is not None:
+                    on_status(status)
+
+            try:
+                summaries.append(run(run_options, on_status=see, keys=keys, watcher=listener))
+            finally:
+                listener.end()
+            raws.append(listener.raw())
+            if summaries[-1].outcome != "duration":
+                break
+    return raws, summaries
+
+
+def _manifest(kwargs: object) -> Manifest | None:
+    path = kwargs.get("path") if isinstance(kwargs, dict) else None
+    return read_manifest(str(path)) if path else None
+
+
+def _limits(
+    machine: Machine,
+    engine: str,
+    provider: str,
+    threads: int | None,
+    options: ProfileOptions,
+    progress: Progress | None,
+) -> tuple[Limits | None, str | None]:
+    """Return the machine's limits, or why there are none that would mean anything."""
+    if not options.limits:
+        return None, "left out by --no-roofline"
+    if engine != "ort" or provider != "cpu":
+        return None, "limits are measured on the processor; this engine runs elsewhere"
+    try:
+        return cached_limits(machine, threads or os.cpu_count() or 1, progress=progress), None
+    except (GwpError, ImportError) as e:
+        return None, f"limits could not be measured: {e}"

@@ -1,0 +1,356 @@
+"""What ``gwp-edge profile`` reports; the JSON file has these names.
+
+Percentiles are exact over all values of their window. Times in the report are milliseconds, moments
+are seconds since the first stamp. A field that could not be had is None, never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from gwp_edge.bench import StageReport
+from gwp_edge.machine_limits import Limits, Machine
+
+SCHEMA = "gwp-edge.profile"
+SCHEMA_VERSION = 1
+
+Phase = Literal["cold", "warm", "steady"]
+Level = Literal["good", "warn", "bad"]
+_MIN_FOR_P999 = 1000
+
+# One chunk from the capture of its oldest frame to the first command of it, in order and without
+# gaps: the sum is "frame to command".
+SEGMENTS = (
+    "frame age",
+    "observe",
+    "guide",
+    "preprocess",
+    "vision",
+    "prefill",
+    "denoise",
+    "postprocess",
+    "publish",
+    "adopt",
+    "tick",
+)
+GROUPS = {
+    "frame age": "camera",
+    "observe": "camera",
+    "guide": "engine",
+    "preprocess": "engine",
+    "vision": "engine",
+    "prefill": "engine",
+    "denoise": "engine",
+    "postprocess": "engine",
+    "publish": "loop",
+    "adopt": "loop",
+    "tick": "bus",
+}
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen record that JSON can hold."""
+
+
+class Summary(_Struct, frozen=True, kw_only=True):
+    """Exact percentiles of n values, ms. ``p999`` is None below 1000 values."""
+
+    n: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float | None
+    max: float
+
+    @classmethod
+    def of(cls, values: npt.ArrayLike) -> Summary | None:
+        """Compute it; NaN is no value, and None comes where there is none."""
+        array = np.asarray(values, np.float64).ravel()
+        array = array[~np.isnan(array)]
+        if array.size == 0:
+            return None
+        p50, p90, p95, p99 = (float(p) for p in np.percentile(array, (50, 90, 95, 99)))
+        enough = array.size >= _MIN_FOR_P999
+        return cls(
+            n=array.size,
+            mean=float(array.mean()),
+            p50=p50,
+            p90=p90,
+            p95=p95,
+            p99=p99,
+            p999=float(np.percentile(array, 99.9)) if enough else None,
+            max=float(array.max()),
+        )
+
+
+class Context(_Struct, frozen=True, kw_only=True):
+    """All that a reader must know to judge the numbers.
+
+    Attributes:
+        command_line: as typed.
+        started_at: UTC, ISO 8601.
+        robot: name, or None for the engine alone.
+        bundle: folder.
+        bundle_id: hash of spec and files; None where the policy is no bundle.
+        precision: of the bundle.
+        engine: which runs it.
+        provider: of the engine.
+        threads: CPU threads of the engine; None is the engine's choice.
+        n_rows: rows of a chunk.
+        period_ms: time between rows.
+        n_steps: denoising steps.
+        motor_hz: asked rate of the motor loop.
+        duration_s: asked.
+        warmup_s: left out of the steady phase.
+        repeat: how often.
+        disturbances: what was injected on purpose.
+        synchronised: how device work is waited for when a stage is timed.
+        power_mode: of a Jetson.
+        machine: processor, clocks, versions, commit.
+    """
+
+    command_line: tuple[str, ...]
+    started_at: str
+    robot: str | None
+    bundle: str | None
+    bundle_id: str | None
+    precision: str | None
+    engine: str | None
+    provider: str | None
+    threads: int | None
+    n_rows: int
+    period_ms: float
+    n_steps: int
+    motor_hz: float | None
+    duration_s: float
+    warmup_s: float
+    repeat: int
+    disturbances: tuple[str, ...]
+    synchronised: str
+    power_mode: str | None
+    machine: Machine
+
+
+class Chunks(_Struct, frozen=True, kw_only=True):
+    """The chunks themselves, one column each; ms, None where it does not apply.
+
+    Attributes:
+        t_s: start of the chunk since the first stamp.
+        phase: of each.
+        segments_ms: by name of the segment.
+        steps_ms: every denoising step of every chunk.
+        transport_ms: capture to received, oldest frame.
+        frame_to_chunk_ms: capture to published.
+        frame_to_command_ms: capture to the first command of the chunk.
+        interval_ms: from the adoption of the chunk before.
+        slack_ms: what was left of the plan before, when this one took over.
+        n_decimated: chunks left out of these columns, never out of percentiles.
+    """
+
+    t_s: list[float]
+    phase: list[Phase]
+    segments_ms: dict[str, list[float | None]]
+    steps_ms: list[list[float]]
+    transport_ms: list[float | None]
+    frame_to_chunk_ms: list[float | None]
+    frame_to_command_ms: list[float | None]
+    interval_ms: list[float | None]
+    slack_ms: list[float | None]
+    n_decimated: int = 0
+
+
+class MotorReport(_Struct, frozen=True, kw_only=True):
+    """The motor loop, steady phase.
+
+    Attributes:
+        n_ticks: ticks.
+        lateness_ms: wake-up after its deadline.
+        period_ms: from wake-up to wake-up.
+        jitter_ms: distance of that from the asked period.
+        busy_ms: wake-up to sent.
+        send_ms: the driver's share of that.
+        lateness_histogram: [lower edge in us, count], of bins in powers of 2^(1/2).
+        n_late: woke more than 1 ms late.
+        n_missed: whole periods skipped.
+        longest_miss: most periods skipped in one go.
+        tail: where long gaps between commands come from: "loop", "bus", "compute", or None.
+        tail_shares: time lost to each, ms.
+        n_not_sent: ticks without a command.
+        chunk_age_ms: age of the plan's observation at the tick.
+        feedback_age_ms: age of the measured state at the tick.
+        used_up_ms: time spent on a plan that was at its end.
+        limited_ticks: ticks in which a limit acted, by kind.
+        command_to_motion_ms: lag of the measured joints behind the commands; None where nothing
+            moved enough.
+        series: [second, worst lateness, worst jitter], ms, over time.
+    """
+
+    n_ticks: int
+    lateness_ms: Summary
+    period_ms: Summary
+    jitter_ms: Summary
+    busy_ms: Summary
+    send_ms: Summary | None
+    lateness_histogram: list[tuple[float, int]]
+    n_late: int
+    n_missed: int
+    longest_miss: int
+    tail: str | None
+    tail_shares: dict[str, float]
+    n_not_sent: int
+    chunk_age_ms: Summary | None
+    feedback_age_ms: Summary | None
+    used_up_ms: float
+    limited_ticks: dict[str, int]
+    command_to_motion_ms: float | None
+    series: list[tuple[float, float, float]]
+
+
+class CameraReport(_Struct, frozen=True, kw_only=True):
+    """One camera by its own frame numbers, steady phase.
+
+    Attributes:
+        name: role.
+        period_ms: between frames.
+        n_expected: frames that a plan should have begun from.
+        n_missing: those that were not there.
+        transport_ms: capture to received.
+    """
+
+    name: str
+    period_ms: float | None
+    n_expected: int
+    n_missing: int
+    transport_ms: Summary | None
+
+
+class TailReport(_Struct, frozen=True, kw_only=True):
+    """Why the slowest chunks are slow.
+
+    Attributes:
+        of: "frame to command" or "predict".
+        n: slowest chunks looked at.
+        excess_ms: their mean over the median.
+        by_segment: share of the excess, 0 to 1.
+        by_group: likewise for camera, engine, loop and bus.
+        group: largest of those; None while the tail is too small to matter.
+        segment: largest segment of that group.
+    """
+
+    of: str
+    n: int
+    excess_ms: float
+    by_segment: dict[str, float]
+    by_group: dict[str, float]
+    group: str | None
+    segment: str | None
+
+
+class Budget(_Struct, frozen=True, kw_only=True):
+    """What the chunk's length leaves.
+
+    Attributes:
+        rate_hz: rows per second.
+        plan_ms: from the first row to the last.
+        age_p99_ms: age of a plan when it takes over.
+        interval_p99_ms: until the next one takes over.
+        left_ms: plan less both; below zero the arm has to wait.
+        rows_lost_p50: rows that are past before the first command.
+        rows_used_p50: rows executed of a plan.
+    """
+
+    rate_hz: float
+    plan_ms: float
+    age_p99_ms: float
+    interval_p99_ms: float
+    left_ms: float
+    rows_lost_p50: float
+    rows_used_p50: float
+
+
+class Verdict(_Struct, frozen=True, kw_only=True):
+    """One sentence; ``blames`` names the part it speaks of, for programs."""
+
+    topic: str
+    level: Level
+    text: str
+    blames: str | None = None
+
+
+class RooflineStage(_Struct, frozen=True, kw_only=True):
+    """One stage against the machine's limits; ``bound`` by the larger floor."""
+
+    bound: Literal["compute", "memory"]
+    ceiling_ms: float
+    left_ms: float
+    report: StageReport
+
+
+class Roofline(_Struct, frozen=True, kw_only=True):
+    """Stages against the measured limits; ``why_not`` says why there is none."""
+
+    limits: Limits | None
+    stages: dict[str, RooflineStage]
+    why_not: str | None = None
+
+
+class SystemReport(_Struct, frozen=True, kw_only=True):
+    """What the system did meanwhile, one column each, on the same clock.
+
+    Attributes:
+        t_s: of each sample.
+        columns: by name with unit, such as ``cpu0_percent`` or ``policy_rss_mb``.
+        peaks: largest value of each column.
+        throttled: parts that were slowed down.
+        source: where it comes from.
+    """
+
+    t_s: list[float]
+    columns: dict[str, list[float | None]]
+    peaks: dict[str, float]
+    throttled: tuple[str, ...]
+    source: tuple[str, ...]
+
+
+class Cost(_Struct, frozen=True, kw_only=True):
+    """What profiling itself took.
+
+    Attributes:
+        listener_percent: processor time of the listening thread, of one core.
+        sampler_percent: the part of it for the system's counters.
+        stamp_us: to note one chunk, measured here.
+        tick_us: what profiling adds to a tick, measured here.
+        n_lost: records that were overwritten before they were read, by kind.
+    """
+
+    listener_percent: float
+    sampler_percent: float
+    stamp_us: float
+    tick_us: float
+    n_lost: dict[str, int]
+
+
+class ProfileReport(_Struct, frozen=True, kw_only=True):
+    """One profile."""
+
+    schema: str
+    schema_version: int
+    context: Context
+    outcome: str
+    phases: dict[Phase, dict[str, Summary]]
+    chunks: Chunks
+    motor: MotorReport | None
+    cameras: tuple[CameraReport, ...]
+    budget: Budget | None
+    tail: TailReport | None
+    verdicts: tuple[Verdict, ...]
+    roofline: Roofline
+    system: SystemReport | None
+    cost: Cost
+    faults: tuple[str, ...] = ()
