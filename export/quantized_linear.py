@@ -9,7 +9,8 @@ CPU. Both forms read the same stored bytes.
 * int8: x86 kernels without VNNI add pairs of u8 * s8 products in saturating 16 bits, which loses
   most of a large sum. Kernels of u8 * u8 do not. So the stored signed bytes are read as unsigned,
   ``w xor 0x80 = w + 128`` turns them once, at load, into codes with zero point 128, and the input
-  has zero point 128 as well. No float copy of a weight is ever made.
+  has zero point 128 as well. MatMulInteger leaves the library no choice: Q/DQ around a MatMul with
+  a bias became a float product of weights dequantized in every run.
 * fp8, w8: DequantizeLinear with one scale for a whole weight is several times faster than with one
   for each output; the scales of the outputs are applied to the product instead.
 * w4: as native.
@@ -54,37 +55,91 @@ class QuantizedLinear:
     def __init__(self, graph: GraphRecorder, stage: str) -> None:
         self._graph = graph
         self._stage = stage
-        self._inputs: dict[tuple[str | None, str], ir.Value] = {}
+        self._codes: dict[tuple[str | None, str], ir.Value] = {}
+        self._values: dict[str | None, ir.Value] = {}
 
     def record(self, x: ir.Value, name: str, fmt: Format, order: Order | None) -> ir.Value:
         """Record ``x @ W + b`` of layer ``name`` in a quantized format; return (n, out)."""
         graph = self._graph
         d_out, d_in = graph.weights.shape(f"{name}.weight")
+        scales = self._announce(name, (d_in, d_out), fmt, order)
+        if fmt == "int8" and graph.form == "portable":
+            y = self._integer_product(x, name, (d_in, d_out), scales)
+        else:
+            y = self._product(x, name, (d_in, d_out), fmt, scales)
         out = (shape_of(x)[0], d_out)
-        if fmt in STATIC_FORMATS:
-            x = self._input(x, name, fmt)
-        weight, scale = self._weight(name, (d_in, d_out), fmt, order)
-        y = graph.emit("MatMul", [x, weight], out, name=name)
-        if scale is not None:
-            y = graph.emit("Mul", [y, scale], out, name=f"{name}.scale")
         return graph.emit("Add", [y, self._bias(name, fmt, order)], out, name=f"{name}.add")
 
-    def _input(self, x: ir.Value, name: str, fmt: Format) -> ir.Value:
-        """Quantize and dequantize an input; layers that read the same one share the nodes."""
-        graph, key = self._graph, f"{self._stage}.{input_name(name)}"
-        known = self._inputs.get((x.name, f"{key}.{fmt}"))
-        if known is not None:
-            return known
+    def _product(
+        self, x: ir.Value, name: str, shape: tuple[int, int], fmt: Format, scales: ir.Value
+    ) -> ir.Value:
+        """MatMul of dequantized operands."""
+        graph, block = self._graph, self._graph.recipe.block
+        label, _, dtype = _STORED[fmt]
+        out = (shape_of(x)[0], shape[1])
+        if fmt in STATIC_FORMATS:
+            x = self._dequantized_input(x, name, fmt)
+        weight = graph.stored(f"{name}.weight.{label}", shape, dtype)
+        one_scale = graph.form == "portable" and fmt != "w4"
+        attributes = {} if one_scale else {"axis": 1}
+        if fmt == "w4":
+            graph.opset = INT4_OPSET
+            attributes = {"axis": 0, "block_size": block}
+        one = graph.constant("scale.one", np.array(1, np.float32))
+        weight = graph.emit(
+            "DequantizeLinear",
+            [weight, one if one_scale else scales],
+            shape,
+            name=f"{name}.weight",
+            attributes=attributes,
+        )
+        y = graph.emit("MatMul", [x, weight], out, name=name)
+        return graph.emit("Mul", [y, scales], out, name=f"{name}.scale") if one_scale else y
+
+    def _integer_product(
+        self, x: ir.Value, name: str, shape: tuple[int, int], scales: ir.Value
+    ) -> ir.Value:
+        """Product of unsigned codes in 32-bit integers, exact on every CPU, then the scales."""
+        graph = self._graph
+        out = (shape_of(x)[0], shape[1])
+        codes, step, middle = self._input_codes(x, name, "int8")
+        stored = graph.stored(f"{name}.weight.int8", shape, ir.DataType.UINT8)
+        flip = graph.constant("sign_bit", np.array(0x80, np.uint8))
+        weight = graph.emit(
+            "BitwiseXor", [stored, flip], shape, ir.DataType.UINT8, name=f"{name}.unsigned"
+        )
+        total = graph.emit(
+            "MatMulInteger", [codes, weight, middle, middle], out, ir.DataType.INT32, name=name
+        )
+        # Both factors are known at load, so that one product is left at run time.
+        scale = graph.emit("Mul", [scales, step], (shape[1],), name=f"{name}.scales")
+        y = graph.cast(total, ir.DataType.FLOAT)
+        return graph.emit("Mul", [y, scale], out, name=f"{name}.scale")
+
+    def _input_codes(
+        self, x: ir.Value, name: str, fmt: Format
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Return codes, scale and zero point of an input; layers that read it share the node."""
+        graph, key = self._graph, f"{self._stage}.{input_name(name)}.{fmt}"
         step = activation_scale(graph.recipe.threshold(self._stage, name), fmt)
-        scale = graph.constant(f"{key}.{fmt}.scale", np.array(step, np.float32))
+        scale = graph.constant(f"{key}.scale", np.array(step, np.float32))
         zero, dtype = self._zero_point(fmt)
-        codes = graph.emit(
-            "QuantizeLinear", [x, scale, zero], shape_of(x), dtype, name=f"{key}.quantize"
-        )
-        value = graph.emit(
-            "DequantizeLinear", [codes, scale, zero], shape_of(x), name=f"{key}.dequantize"
-        )
-        self._inputs[x.name, f"{key}.{fmt}"] = value
+        codes = self._codes.get((x.name, key))
+        if codes is None:
+            codes = graph.emit(
+                "QuantizeLinear", [x, scale, zero], shape_of(x), dtype, name=f"{key}.quantize"
+            )
+            self._codes[x.name, key] = codes
+        return codes, scale, zero
+
+    def _dequantized_input(self, x: ir.Value, name: str, fmt: Format) -> ir.Value:
+        codes, scale, zero = self._input_codes(x, name, fmt)
+        value = self._values.get(codes.name)
+        if value is None:
+            key = f"{self._stage}.{input_name(name)}.{fmt}.dequantize"
+            given = [codes, scale, zero]
+            value = self._graph.emit("DequantizeLinear", given, shape_of(x), name=key)
+            self._values[codes.name] = value
         return value
 
     def _zero_point(self, fmt: Format) -> tuple[ir.Value, ir.DataType]:
@@ -102,62 +157,27 @@ class QuantizedLinear:
         weight = self._graph.weights.load(f"{name}.weight").to(torch.float32)
         return (weight if order is None else weight[torch.from_numpy(order)]).t()
 
-    def _weight(
+    def _announce(
         self, name: str, shape: tuple[int, int], fmt: Format, order: Order | None
-    ) -> tuple[ir.Value, ir.Value | None]:
-        """Return the dequantized weight, and a scale that the product still has to take."""
+    ) -> ir.Value:
+        """Announce codes and scales of a weight to the file; return the scales."""
         graph, block = self._graph, self._graph.recipe.block
-        label, stored_as, dtype = _STORED[fmt]
-        codes_name, scale_name = f"{name}.weight.{label}", f"{name}.weight.{label}_scale"
-        n_blocks = -(-shape[0] // block)
-        scale_shape = (n_blocks, shape[1]) if fmt == "w4" else (shape[1],)
-        stored_shape = ((math.prod(shape) + 1) // 2,) if fmt == "w4" else shape
+        label, stored_as, _ = _STORED[fmt]
+        is_packed = fmt == "w4"
+        scale_name = f"{name}.weight.{label}_scale"
+        scale_shape = (-(-shape[0] // block), shape[1]) if is_packed else (shape[1],)
+        stored_shape = ((math.prod(shape) + 1) // 2,) if is_packed else shape
 
         def scale() -> torch.Tensor:
             return quantize_weight(self._load(name, order), fmt, block).scale
 
         def codes() -> torch.Tensor:
             found = quantize_weight(self._load(name, order), fmt, block).codes
-            return pack_int4(found) if fmt == "w4" else found
+            return pack_int4(found) if is_packed else found
 
         graph.keep(scale_name, torch.float32, scale_shape, scale)
-        graph.keep(codes_name, stored_as, stored_shape, codes)
-        scales = graph.stored(scale_name, scale_shape)
-        if graph.form == "native" or fmt == "w4":
-            stored = graph.stored(codes_name, shape, dtype)
-            attributes = {"axis": 1}
-            if fmt == "w4":
-                graph.opset = INT4_OPSET
-                attributes = {"axis": 0, "block_size": block}
-            return self._dequantized([stored, scales], name, shape, attributes), None
-        if fmt == "int8":
-            return self._unsigned(codes_name, scales, name, shape), None
-        stored = graph.stored(codes_name, shape, dtype)
-        one = graph.constant("scale.one", np.array(1, np.float32))
-        return self._dequantized([stored, one], name, shape, {}), scales
-
-    def _unsigned(
-        self, codes_name: str, scales: ir.Value, name: str, shape: tuple[int, int]
-    ) -> ir.Value:
-        graph = self._graph
-        stored = graph.stored(codes_name, shape, ir.DataType.UINT8)
-        flip = graph.constant("sign_bit", np.array(0x80, np.uint8))
-        unsigned = graph.emit(
-            "BitwiseXor", [stored, flip], shape, ir.DataType.UINT8, name=f"{name}.unsigned"
-        )
-        middle = graph.constant(f"zero_point.uint8.{shape[1]}", np.full(shape[1], 128, np.uint8))
-        return self._dequantized([unsigned, scales, middle], name, shape, {"axis": 1})
-
-    def _dequantized(
-        self,
-        inputs: list[ir.Value],
-        name: str,
-        shape: tuple[int, int],
-        attributes: dict[str, int],
-    ) -> ir.Value:
-        return self._graph.emit(
-            "DequantizeLinear", inputs, shape, name=f"{name}.weight", attributes=attributes
-        )
+        graph.keep(f"{name}.weight.{label}", stored_as, stored_shape, codes)
+        return graph.stored(scale_name, scale_shape)
 
     def _bias(self, name: str, fmt: Format, order: Order | None) -> ir.Value:
         graph, block = self._graph, self._graph.recipe.block

@@ -6,6 +6,7 @@ copied. All sessions read one weight file through the page cache.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, Literal
 
 import ml_dtypes
@@ -32,6 +33,9 @@ SESSION_CONFIG = {
     # activations to int8 on the way, which no calibration has seen.
     "session.qdq_matmulnbits_accuracy_level": "1",
 }
+# From malloc.h of glibc; setting it also stops the threshold from growing.
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BLOCK_BYTES = 1 << 20
 # Warnings of the library are about its own choices; errors come back as exceptions.
 _LOG_ERRORS_ONLY = 3
 
@@ -64,6 +68,7 @@ class OrtEngine:
         self._bundle = bundle
         self._spec = bundle.spec
         self._provider = _available(provider)
+        _return_freed_memory()
         self._form: Literal["native", "portable"] = _choose_form(bundle, provider)
         self._sessions: dict[Stage, ort.InferenceSession] = {
             stage: self._open(stage, provider, threads, weights) for stage in STAGES
@@ -222,6 +227,18 @@ class OrtEngine:
                 f"{name}: expected {buffer.dtype} {buffer.shape}, got {value.dtype} {value.shape}"
             )
         buffer[...] = value
+
+
+def _return_freed_memory() -> None:
+    """Give large freed blocks back to the system at once.
+
+    Loading turns and re-orders every weight once. glibc raises its own threshold for mapped blocks
+    after the first few and then keeps what was freed: 1.75 times the weights stay resident in
+    place of 1.1 (measured on 160 MB of int8 weights).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BLOCK_BYTES)
 
 
 def _available(provider: str) -> str:
