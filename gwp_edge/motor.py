@@ -177,6 +177,10 @@ class MotorLoop:
         result = self._schedule.accept(chunk, now_ns, seam=self.mode is Mode.RUN)
         if result is not Acceptance.ACCEPTED:
             self._reject(chunk, result)
+        elif self.mode is Mode.RUN and self._options.blend != "none" and any(self._limiter.flags):
+            # The arm is not where the old plan had it: fade from where it is, or the target could
+            # run away from the commands, fade by fade.
+            self._schedule.reseam(now_ns, self._limiter.position, self._limiter.velocity)
 
     def _refuse(self, chunk: Chunk, why: str, now_ns: int) -> None:
         """Leave a chunk that is not finite or absurd unused; hold after three in a row."""

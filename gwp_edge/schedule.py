@@ -23,6 +23,9 @@ Blend = Literal["seam", "ensemble", "none"]
 # What a seam and an end may use of the limits; the rest is for the plan's own motion.
 SEAM_SHARE: Final = 0.5
 JERK_TIME_S: Final = 0.1  # jerk limit = acceleration limit per this time
+# A fade that grows with what it has to fade, begun anew with every chunk, may never come down; one
+# of bounded length always does. The limiter keeps the limits where this is too short for them.
+SEAM_MAX_S: Final = 1.0
 ENSEMBLE_DECAY: Final = 0.01
 N_ENSEMBLE: Final = 16
 # Clocks of one machine agree; a chunk from farther in the future has a wrong stamp.
@@ -159,6 +162,7 @@ class Schedule:
         self._brake_time_ns = 0
         self._offset: FloatArray = np.zeros(D)
         self._velocity_offset: FloatArray = np.zeros(D)
+        self._acceleration_offset: FloatArray = np.zeros(D)
         self._seam_t_ns = 0
         self._seam_time_ns = 0
         self._t_newest_ns = -1
@@ -220,6 +224,7 @@ class Schedule:
         if reason is not Acceptance.ACCEPTED:
             return reason
         position, velocity = self._evaluate(now_ns)
+        acceleration = self._seam_acceleration(now_ns)
         t_start_ns = now_ns + self._lead_ns if self._rebase else chunk.t_observed_ns
         plan = _Plan(chunk, t_start_ns, self._limits.acceleration_max)
         if plan.ended(now_ns + self._lead_ns):
@@ -231,7 +236,7 @@ class Schedule:
         self._seam_time_ns = 0
         if seam and self._blend != "none":
             new_position, new_velocity = self._at(now_ns)
-            self._set_seam(now_ns, position - new_position, velocity - new_velocity)
+            self._set_seam(now_ns, position - new_position, velocity - new_velocity, acceleration)
         return Acceptance.ACCEPTED
 
     def reseam(self, now_ns: int, position: FloatArray, velocity: FloatArray) -> None:
@@ -259,9 +264,21 @@ class Schedule:
             return Acceptance.FROM_FUTURE
         return Acceptance.ACCEPTED
 
-    def _set_seam(self, now_ns: int, offset: FloatArray, velocity_offset: FloatArray) -> None:
+    def _set_seam(
+        self,
+        now_ns: int,
+        offset: FloatArray,
+        velocity_offset: FloatArray,
+        acceleration_offset: FloatArray | None = None,
+    ) -> None:
         self._offset, self._velocity_offset = offset, velocity_offset
+        # A fade that began without the acceleration of the one it replaces would begin all over
+        # again with every chunk; with chunks that come faster than it lasts it would never happen.
+        self._acceleration_offset = (
+            np.zeros_like(offset) if acceleration_offset is None else acceleration_offset
+        )
         time_s = seam_time_s(offset, velocity_offset, self._limits, self._jerk_time_s)
+        time_s = min(time_s, SEAM_MAX_S)
         self._seam_t_ns, self._seam_time_ns = now_ns, math.ceil(time_s * 1e9)
 
     def _braked(self, now_ns: int) -> tuple[FloatArray, FloatArray]:
@@ -279,10 +296,11 @@ class Schedule:
         if len(live) == len(self._plans):
             return
         position, velocity = self._at(now_ns)
+        acceleration = self._seam_acceleration(now_ns)
         self._plans = live
         self._seam_time_ns = 0
         new_position, new_velocity = self._at(now_ns)
-        self._set_seam(now_ns, position - new_position, velocity - new_velocity)
+        self._set_seam(now_ns, position - new_position, velocity - new_velocity, acceleration)
 
     def _mean(self, now_ns: int, value: Callable[[_Plan, float, float], FloatArray]) -> FloatArray:
         """Return the mean of ``value(plan, row, rate)`` over the plans that cover the moment."""
@@ -309,7 +327,9 @@ class Schedule:
             time_s, x = self._seam_time_ns / 1e9, since_ns / self._seam_time_ns
             slope = -30.0 * x * x * (1.0 - 2.0 * x + x * x) / time_s
             slope_v = 1.0 - x * x * (18.0 - 32.0 * x + 15.0 * x * x)
+            slope_a = time_s * x * (1.0 - x * (4.5 - x * (6.0 - 2.5 * x)))
             velocity = velocity + self._offset * slope + self._velocity_offset * slope_v
+            velocity = velocity + self._acceleration_offset * slope_a
         return self._position_at(now_ns), velocity
 
     def _position_at(self, now_ns: int) -> FloatArray:
@@ -319,5 +339,25 @@ class Schedule:
             time_s, x = self._seam_time_ns / 1e9, since_ns / self._seam_time_ns
             fade = 1.0 - x**3 * (10.0 - 15.0 * x + 6.0 * x * x)
             fade_v = time_s * x * (1.0 - x * x * (6.0 - 8.0 * x + 3.0 * x * x))
+            fade_a = 0.5 * time_s * time_s * x * x * (1.0 - x) ** 3
             position = position + self._offset * fade + self._velocity_offset * fade_v
+            position = position + self._acceleration_offset * fade_a
         return position
+
+    def _seam_acceleration(self, now_ns: int) -> FloatArray:
+        """Return the acceleration of the fade in progress, at most its share of the limits."""
+        since_ns = now_ns - self._seam_t_ns
+        if since_ns >= self._seam_time_ns:
+            return np.zeros_like(self._offset)
+        time_s, x = self._seam_time_ns / 1e9, since_ns / self._seam_time_ns
+        bend = -60.0 * x * (1.0 - 3.0 * x + 2.0 * x * x) / time_s**2
+        bend_v = -x * (36.0 - 96.0 * x + 60.0 * x * x) / time_s
+        bend_a = 1.0 - 9.0 * x + 18.0 * x * x - 10.0 * x**3
+        acceleration = (
+            self._offset * bend
+            + self._velocity_offset * bend_v
+            + self._acceleration_offset * bend_a
+        )
+        most = SEAM_SHARE * self._limits.acceleration_max
+        clipped: FloatArray = np.clip(acceleration, -most, most)
+        return clipped
