@@ -59,10 +59,11 @@ def profile_engine(
     threads: int | None = None,
     task: str | None = None,
     progress: Progress | None = None,
-) -> ProfileReport:
+) -> tuple[ProfileReport, list[Raw]]:
     """Profile a bundle's engine on random observations: no robot, no cameras, no motor loop.
 
-    Each repetition loads the bundle anew, so that each has its own cold call.
+    Each repetition loads the bundle anew, so that each has its own cold call. Returns the report
+    and what was collected, repetition by repetition.
 
     Raises:
         SpecError: the bundle or an option does not fit.
@@ -111,7 +112,7 @@ def profile_engine(
         repeat=options.repeat,
         disturbances=options.disturbances.texts,
     )
-    return build_report(
+    report = build_report(
         raws,
         manifest.spec,
         context,
@@ -120,6 +121,7 @@ def profile_engine(
         why_no_limits=why,
         cost_us=measure_cost(manifest.spec),
     )
+    return report, raws
 
 
 def _policy(
@@ -148,7 +150,7 @@ def profile_robot(
     on_status: StatusCallback | None = None,
     keys: KeySource | None = None,
     progress: Progress | None = None,
-) -> tuple[ProfileReport, RunSummary]:
+) -> tuple[ProfileReport, RunSummary, list[Raw]]:
     """Run a robot and profile it; the report is there however the run ended.
 
     Args:
@@ -159,7 +161,7 @@ def profile_robot(
         progress: called while the machine's limits are measured, before anything moves.
 
     Returns:
-        The report, and the summary of the last run.
+        The report, the summary of the last run, and what was collected, run by run.
 
     Raises:
         SpecError: the options do not fit; nothing was started.
@@ -220,7 +222,7 @@ def profile_robot(
         faults=tuple(fault for s in summaries for fault in s.faults),
         cost_us=measure_cost(run_options.spec),
     )
-    return report, summaries[-1]
+    return report, summaries[-1], raws
 
 
 def _runs(
