@@ -50,7 +50,54 @@ def export(
         list[Path] | None,
         typer.Option("--prompt-embedding", help=".pt, .npy or .safetensors; several times."),
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or bf16.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="fp32, fp16, bf16, int8, fp8, w8 or w4 (weights only)."),
+    ] = "fp32",
+    target: Annotated[
+        str, typer.Option("--target", help="cpu, orin, thor, ada, hopper, blackwell.")
+    ] = "cpu",
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="LeRobot v3.0 dataset, for int8, fp8, w8, w4."),
+    ] = None,
+    calibration_record: Annotated[
+        Path | None,
+        typer.Option("--calibration-record", help="Ranges to reuse, or to write when absent."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, help="Calibration frames over episodes and time.")
+    ] = 64,
+    held_out: Annotated[
+        int, typer.Option("--held-out", min=1, help="Frames that the error is measured on.")
+    ] = 8,
+    observer: Annotated[
+        str,
+        typer.Option("--observer", help="auto, minmax, percentile, mse or entropy."),
+    ] = "auto",
+    smoothing: Annotated[
+        bool, typer.Option("--smoothing/--no-smoothing", help="Fold activation outliers away.")
+    ] = True,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="JSON or TOML: the format of layers by pattern."),
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option("--max-error", help="Budget of p99 on joints, rad.")
+    ] = 2e-3,
+    max_gripper_error: Annotated[
+        float, typer.Option("--max-gripper-error", help="Budget of p99 on grippers, m.")
+    ] = 2e-4,
+    no_budget: Annotated[
+        bool, typer.Option("--no-budget", help="Take the default recipe whatever its error.")
+    ] = False,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="Write the best bundle when no recipe fits the budget.")
+    ] = False,
+    allow_synthetic: Annotated[
+        bool, typer.Option("--allow-synthetic", help="Calibrate on data that is not recorded.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of samples and noise.")] = 0,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 10,
     timesteps: Annotated[
         str,
@@ -100,6 +147,19 @@ def export(
         head_dim=head_dim,
         use_ema=use_ema,
         engine_check=_choice("--check", check, _CHECKS),
+        target=target,
+        calibration=calibration,
+        calibration_record=calibration_record,
+        samples=samples,
+        held_out_samples=held_out,
+        seed=seed,
+        observer=observer,
+        smoothing=smoothing,
+        recipe_file=recipe,
+        max_error_rad=None if no_budget else max_error,
+        max_error_m=None if no_budget else max_gripper_error,
+        allow_synthetic=allow_synthetic,
+        go_on=go_on,
     )
     raise_on_signals()
     with progress_bars() as progress:
