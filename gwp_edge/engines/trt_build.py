@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from gwp_edge.bundle import STAGES, Bundle, Stage, hash_file
 from gwp_edge.engines.trt_cache import (
     SCHEMA,
@@ -35,24 +33,21 @@ from gwp_edge.engines.trt_device import (
     make_logger,
     require_tensorrt,
 )
-from gwp_edge.engines.trt_gates import check_capability, check_tensorrt, judge_golden
+from gwp_edge.engines.trt_gates import check_capability, check_tensorrt
 from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
 from gwp_edge.engines.trt_proof import Proof, parse_inspector, prove, require_proof, summarize
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.planning.memory import WORKSPACE_BYTES, check_free, memory_plan
-from gwp_edge.policy import BundlePolicy
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from gwp_edge.types import Float32Array
 
 Progress = Callable[[str, int, int], None]
 _LEVELS: Final = range(6)
 _DEFAULT_LEVEL: Final = 3
 _PERMILLE: Final = 1000
 _MIN_WORKSPACE_BYTES: Final = 16 << 20
-_OTHER_SEED: Final = 20261
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +150,9 @@ def build_engines(
             proofs += prove(stage, bundle.manifest.precision.layers, parse_inspector(report))
         require_proof(proofs)
         tell("golden gate", 0, 1)
+        # Imported late: running needs building's options.
+        from gwp_edge.engines.trt_golden import golden_gate
+
         error = golden_gate(bundle, work, options)
         tell("golden gate", 1, 1)
         record = EngineRecord(
@@ -294,34 +292,3 @@ def _write_beside(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_bytes(data)
     temporary.replace(path)
-
-
-def golden_gate(bundle: Bundle, folder: Path, options: BuildOptions) -> float:
-    """Run the golden input, and the same with other noise; return the error, rad and m.
-
-    Raises:
-        BuildError: the right noise does not reproduce the answer, or the wrong noise does.
-    """
-    from gwp_edge.engines.trt import TrtEngine
-
-    golden = bundle.manifest.golden
-    arrays = bundle.arrays(golden.file)
-    canvas, state = arrays["canvas"], np.asarray(arrays["state"], np.float64)
-    noise: Float32Array = arrays["noise"]
-    other = np.random.default_rng(_OTHER_SEED).standard_normal(noise.shape, dtype=np.float32)
-    policy = BundlePolicy(
-        bundle, TrtEngine(bundle, folder=folder, options=options), task=golden.task
-    )
-    try:
-        latent, answer = policy.predict_from_canvas(canvas, state, noise)
-        _, moved = policy.predict_from_canvas(canvas, state, other)
-    finally:
-        policy.close()
-    return judge_golden(
-        answer=answer,
-        wanted=np.asarray(arrays["actions"], np.float64),
-        other_seed=moved,
-        tolerance=golden.tolerance,
-        latent=latent,
-        wanted_latent=arrays["latent"],
-    )

@@ -112,6 +112,20 @@ def judge_golden(
     return float(error.max())
 
 
+def judge_replay(replayed: FloatArray, stages: FloatArray, tolerance: float) -> None:
+    """Compare the actions of a replayed graph with those of its stages, rad and m, (H, D).
+
+    Raises:
+        BuildError: they differ by more than ``tolerance``.
+    """
+    distance = float(np.abs(replayed - stages).max())
+    if not distance <= tolerance:
+        raise BuildError(
+            f"the chunk replayed as a CUDA graph differs from its stages by {distance:.3g}, "
+            f"allowed {tolerance:.3g}; the engines were deleted; report TensorRT's version"
+        )
+
+
 def _blame(latent: Float32Array, wanted: Float32Array) -> str:
     """Say on which side of the latent the fault lies; the golden file holds no more."""
     if not np.isfinite(latent).all():

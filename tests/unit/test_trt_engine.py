@@ -153,6 +153,27 @@ def test_build_wrong_answer_is_deleted_and_the_stage_named(bundle, gpu):
     assert left_behind(bundle) == []
 
 
+def test_build_graph_that_replays_old_input_is_deleted(bundle, gpu):
+    """A capture that froze its input would answer the first picture for ever."""
+    original = gpu.library._cuGraphLaunch
+    gpu.library._cuGraphLaunch = lambda executable, stream: (
+        original(executable, stream) or (gpu.replays.append(1))
+    )
+    gpu.replays = []
+    frozen: dict[str, np.ndarray] = {}
+
+    def first_answer_again(stage, name, value):
+        if name == "x_next" and gpu.library.times_ms:
+            return frozen.setdefault(name, value)
+        return value
+
+    gpu.corrupt = first_answer_again
+    with pytest.raises(BuildError, match="replayed as a CUDA graph differs"):
+        build_engines(bundle, BuildOptions())
+    assert gpu.replays
+    assert left_behind(bundle) == []
+
+
 def test_build_silent_fallback_fails(bundle, gpu):
     """A quantized layer that the inspector shows as float fails the build."""
     layers = bundle.manifest.precision.layers
@@ -322,6 +343,7 @@ def test_engine_close_frees_graphs_before_contexts_and_memory(built, gpu):
 
 
 def test_engine_without_graphs_runs_a_chunk_all_the_same(built, gpu):
+    gpu.calls.clear()
     engine = TrtEngine(built, graphs=False)
     engine.set_prompt(built.spec.tasks[0])
     canvas, state, x, prefix, gain = inputs(built.spec)

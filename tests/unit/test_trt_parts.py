@@ -26,7 +26,7 @@ from gwp_edge.engines.trt_cache import (
     read_record,
     write_record,
 )
-from gwp_edge.engines.trt_gates import judge_golden, parse_capability
+from gwp_edge.engines.trt_gates import judge_golden, judge_replay, parse_capability
 from gwp_edge.engines.trt_graph import CudaDriver
 from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
 from gwp_edge.engines.trt_proof import parse_inspector, prove, require_proof, summarize
@@ -321,6 +321,14 @@ def test_golden_gate_passes_what_is_near_and_returns_the_error():
 def test_golden_gate_refuses(changes, message):
     with pytest.raises(BuildError, match=message):
         golden(**changes)
+
+
+def test_replay_gate_refuses_a_graph_that_differs_or_is_not_finite():
+    stages = np.zeros((4, 2))
+    judge_replay(stages + 1e-4, stages, 1e-3)
+    for off in (0.01, np.nan):
+        with pytest.raises(BuildError, match="replayed as a CUDA graph differs"):
+            judge_replay(stages + off, stages, 1e-3)
 
 
 def test_parse_capability_refuses_words():
