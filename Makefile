@@ -25,7 +25,7 @@ SYSTEM_STAMP := $(VENV)/.setup-system
 PYTHON_STAMP := $(VENV)/.setup-python
 
 .PHONY: help setup test test-fast lint types format demo test-all-pythons check-wheels \
-	test-aarch64 wheel clean distclean
+	test-aarch64 hil wheel clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) \
@@ -77,6 +77,9 @@ demo: setup ## export the reference checkpoint and run it on a simulated arm
 	@mkdir -p build
 	$(BIN)/gwp-edge export tests/data/reference/gwp05/checkpoint --out build/demo.gwp
 	$(BIN)/gwp-edge run build/demo.gwp --robot sim --duration 5
+
+hil: setup ## hardware tests that GWP_HIL names; results go to a dated JSON file
+	@$(BIN)/python scripts/hil.py
 
 wheel: setup ## build/dist/*.whl, from a clean copy of the sources
 	@$(BIN)/python scripts/build_wheel.py build/dist

@@ -9,6 +9,7 @@ import typer
 
 from gwp_edge.commands import (
     benching,
+    building,
     cameras,
     exporting,
     inference,
@@ -33,6 +34,8 @@ for command in (
     exporting.export,
     exporting.inspect,
     verifying.verify,
+    building.build,
+    building.plan,
     inference.infer,
     running.run,
     sessions.replay,

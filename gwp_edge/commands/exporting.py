@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _TIMESTEPS = ("bfloat16", "exact")
 _CHECKS = ("auto", "always", "never")
+_RESTS = ("fp32", "fp16", "bf16")
 _LARGE_FLOAT_BYTES = 8_000_000_000
 
 
@@ -78,6 +79,10 @@ def export(
     smoothing: Annotated[
         bool, typer.Option("--smoothing/--no-smoothing", help="Fold activation outliers away.")
     ] = True,
+    rest: Annotated[
+        str,
+        typer.Option("--rest", help="What is not quantized: fp32, or fp16 or bf16 for a GPU."),
+    ] = "fp32",
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", help="JSON or TOML: the format of layers by pattern."),
@@ -156,6 +161,7 @@ def export(
         observer=observer,
         smoothing=smoothing,
         recipe_file=recipe,
+        rest=_choice("--rest", rest, _RESTS),
         max_error_rad=None if no_budget else max_error,
         max_error_m=None if no_budget else max_gripper_error,
         allow_synthetic=allow_synthetic,
