@@ -1,0 +1,146 @@
+"""Whole profiles of a small exported bundle: what is injected is what the verdict blames."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import typer
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.export
+
+from gwp_edge.commands import profiling  # noqa: E402
+from gwp_edge.console import one_line_errors  # noqa: E402
+from gwp_edge.machine_limits import GemmRate, Limits  # noqa: E402
+from gwp_edge.profiling.compare import read_report  # noqa: E402
+from gwp_edge.shared_memory import SHM_DIR  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+LIMITS = Limits(threads=1, gemm=(GemmRate(shape=(64, 64, 64), gflop_s=100.0),), stream_gb_s=10.0)
+
+
+@pytest.fixture
+def profile(monkeypatch, capsys):
+    """Run ``gwp-edge profile`` in this process; gives (exit code, stdout, stderr)."""
+    app = typer.Typer()
+    app.add_typer(profiling.app, name="profile")
+
+    # A second command, so that typer keeps the first one's name.
+    @app.command()
+    def nothing() -> None: ...
+
+    # Whole numbers instead of ten seconds of measuring this machine.
+    monkeypatch.setattr("gwp_edge.profiling.run.cached_limits", lambda *_args, **_kwargs: LIMITS)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["gwp-edge", "profile", *map(str, words)])
+        code = 0
+        try:
+            with one_line_errors():
+                app()
+        except SystemExit as e:
+            code = e.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def verdict(report, topic):
+    return next(v for v in report.verdicts if v.topic == topic)
+
+
+def test_profile_engine_alone_blames_the_slowed_stage(profile, exported, tmp_path):
+    bundle = exported("gwp05")
+    words = (bundle, "--duration", "1", "--warmup", "0", "--threads", "1", "--repeat", "2")
+    code, out, err = profile(
+        *words, "--json", tmp_path / "p.json", "--disturb", "prefill=40ms", "--html",
+        tmp_path / "p.html",
+    )  # fmt: skip
+    assert code == 0, err
+    report = read_report(tmp_path / "p.json")
+    steady = report.phases["steady"]
+    assert steady["prefill"].p50 >= 40.0
+    assert steady["predict"].p50 >= steady["prefill"].p50
+    assert verdict(report, "stage").blames == "prefill"
+    assert report.phases["cold"]["predict"].n == 2
+    assert "frame age" not in steady
+    assert report.motor is None
+    assert set(report.roofline.stages) == {"vision", "prefill", "denoise"}
+    assert report.context.bundle_id
+    assert report.context.disturbances == ("prefill=40ms",)
+    assert "prefill is worth work first" in " ".join(out.split())
+
+
+def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path):
+    before = set(os.listdir(SHM_DIR))
+    code, _, err = profile(
+        exported("gwp05"), "--robot", "kinematic", "--duration", "2.5", "--warmup", "0.2",
+        "--threads", "1", "--no-realtime", "--json", tmp_path / "p.json", "--trace",
+        tmp_path / "t.json", "--disturb", "drop=25%", "--disturb", "stall=20ms/0.3s",
+    )  # fmt: skip
+    assert code == 0, err
+    report = read_report(tmp_path / "p.json")
+    assert report.outcome == "duration"
+    camera = report.cameras[0]
+    assert camera.n_missing >= 2
+    assert any(v.topic == "camera" and v.blames == camera.name for v in report.verdicts)
+    assert report.motor.tail == "loop"
+    assert report.motor.longest_miss >= 2
+    assert verdict(report, "motor").blames == "loop"
+    assert report.phases["steady"]["frame to command"].n > 10
+    assert "frame to command" in report.phases["steady"]
+    assert report.system.peaks["motor_rss_mb"] > 1
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    assert {e["ph"] for e in events} == {"M", "X", "C", "s", "t", "f"}
+    assert {
+        n for n in set(os.listdir(SHM_DIR)) - before if "gwp" in n and str(os.getpid()) in n
+    } == set()
+
+
+def test_profile_bad_words_are_refused_in_one_line(profile, exported, tmp_path):
+    bundle = exported("gwp05")
+    for words, said in (
+        (("--disturb", "stall=20ms/1s"), "need a robot"),
+        (("--robot", "piper-dual", "--disturb", "cpu=1"), "simulated"),
+        (("--json", tmp_path / "no" / "p.json"), "does not exist"),
+        (("--task", "juggle"), "not in this bundle"),
+        (("--duration", "0"), "--duration"),
+    ):
+        code, _, err = profile(bundle, *words)
+        assert code == 1
+        assert said in err
+    code, _, err = profile("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert code == 1
+    assert "cannot be read" in err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_profile_page_draws_every_plot_in_a_browser(profile, exported, tmp_path):
+    code, _, err = profile(
+        exported("gwp05"), "--duration", "0.5", "--warmup", "0", "--threads", "1", "--html",
+        tmp_path / "p.html",
+    )  # fmt: skip
+    assert code == 0, err
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
+            "--disable-background-networking", "--no-first-run", "--disable-component-update",
+            f"--user-data-dir={tmp_path / 'browser'}", "--window-size=412,2400", "--dump-dom",
+            (tmp_path / "p.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    page = done.stdout
+    assert 'data-ready="yes"' in page, "its script failed"
+    for title in ("From the frame to the motors", "Over time", "tail", "Roofline", "steady"):
+        assert title in page
+    body = page.split("<h2>", 1)[1]
+    assert body.count("<svg") >= 4
+    assert "NaN" not in body
+    assert "undefined" not in body.split("</table>")[0]
