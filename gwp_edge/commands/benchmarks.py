@@ -53,3 +53,45 @@ def execution(
         ],
     )
     say("Simulated time: the figures are the same on every machine.")
+
+
+def loop(
+    duration: Annotated[float, typer.Option("--duration", help="Seconds of motion.")] = 10.0,
+    kills: Annotated[int, typer.Option("--kills", help="Motor processes to kill.")] = 100,
+    realtime: Annotated[
+        bool, typer.Option("--realtime/--no-realtime", help="Ask for SCHED_FIFO.")
+    ] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
+    ] = None,
+) -> None:
+    """Measure the motor loop's deadlines beside a bare C loop, and the guardian's answer to a kill.
+
+    Two fake PiPER arms at 200 Hz while a policy process computes without a pause; no robot needed.
+
+    Example: gwp-edge bench loop --duration 10 --json loop.json
+    """
+    from gwp_edge.bench_loop import measure_loop
+
+    report = measure_loop(duration_s=duration, n_kills=kills, realtime=realtime)
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+    bare = "bare C loop late" if report.bare_is_c else "bare Python loop late (no gcc)"
+    say_table(
+        f"Motor loop, {report.duration_s:g} s",
+        ("what", "unit", "n", "p50", "p95", "p99", "max"),
+        [
+            (name, unit, d.n, *(round(v, 2) for v in (d.p50, d.p95, d.p99, d.max)))
+            for name, unit, d in (
+                ("motor loop late", "us", report.motor_late_us),
+                (bare, "us", report.bare_late_us),
+                ("motor tick, wake-up to sent", "us", report.busy_us),
+                ("kill to hold", "ms", report.kill_to_hold_ms),
+            )
+        ],
+    )
+    scheduling = "SCHED_FIFO" if report.realtime else "no real-time scheduling"
+    say(
+        f"p99 of the motor loop is {report.p99_ratio:.2f} times the bare loop's, {scheduling}; "
+        f"{report.n_ticks} ticks, {report.n_missed} missed, {report.n_chunks} chunks"
+    )

@@ -1,0 +1,317 @@
+"""How well the motor loop keeps its deadlines, and how fast the guardian answers a killed motor.
+
+The loop runs as in ``run``: two fake PiPER arms in processes of their own, a policy process that
+computes without a pause. Beside it, in the same seconds and under the same scheduling, a bare
+clock_nanosleep loop in C says what this machine can do at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from gwp_edge.errors import BuildError, DeviceError, SpecError
+from gwp_edge.guardian import guardian_main
+from gwp_edge.mailbox import Board
+from gwp_edge.motor_options import MotorOptions
+from gwp_edge.motor_process import ArmSetup
+from gwp_edge.observe import ObservationLimits
+from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig, create_world
+from gwp_edge.run_options import RunOptions, RunStatus
+from gwp_edge.runtime import run
+from gwp_edge.status import Mode, Word
+from gwp_edge.telemetry import Distribution, StageTimes
+from gwp_edge.testing import ScriptedPolicy, make_spec
+from gwp_edge.types import Chunk, Observation
+
+RATE_HZ: Final = 200.0
+_PRIORITY: Final = 80
+_BARE_LOOP: Final = r"""
+#define _GNU_SOURCE
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+int main(int argc, char **argv) {
+    long n = atol(argv[1]), period_ns = atol(argv[2]);
+    struct sched_param p = {.sched_priority = atoi(argv[3])};
+    int fifo = p.sched_priority > 0 && sched_setscheduler(0, SCHED_FIFO, &p) == 0;
+    if (fifo) mlockall(MCL_CURRENT | MCL_FUTURE);
+    long *late = calloc(n, sizeof(long));
+    struct timespec due, now;
+    clock_gettime(CLOCK_MONOTONIC, &due);
+    for (long i = 0; i < n; i++) {
+        due.tv_nsec += period_ns;
+        while (due.tv_nsec >= 1000000000L) { due.tv_nsec -= 1000000000L; due.tv_sec++; }
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL);
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        late[i] = (now.tv_sec - due.tv_sec) * 1000000000L + now.tv_nsec - due.tv_nsec;
+    }
+    printf("{\"fifo\": %s, \"late_ns\": [", fifo ? "true" : "false");
+    for (long i = 0; i < n; i++) printf("%s%ld", i ? "," : "", late[i]);
+    printf("]}\n");
+    return 0;
+}
+"""
+
+
+class BusyPolicy(ScriptedPolicy):
+    """A scripted policy that computes all the time instead of waiting. Threads: one owner."""
+
+    def __init__(self, *, busy_s: float = 0.1) -> None:
+        super().__init__(make_spec(2), latency_s=0.0)
+        self._busy_s = busy_s
+        self._matrix = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
+
+    @property
+    def timing(self) -> StageTimes:
+        """The whole time as one denoising step."""
+        return StageTimes(
+            preprocess_ns=0,
+            vision_ns=0,
+            prefill_ns=0,
+            denoise_ns=(round(self._busy_s * 1e9),),
+            postprocess_ns=0,
+        )
+
+    def predict(self, observation: Observation, **_: object) -> Chunk:
+        """Multiply matrices for a while, then return the script's next chunk."""
+        end_s = time.monotonic() + self._busy_s
+        while time.monotonic() < end_s:
+            np.tanh(self._matrix @ self._matrix)
+        return super().predict(observation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopReport:
+    """What was measured; ``to_dict`` is JSON-able.
+
+    Attributes:
+        duration_s: of motion.
+        motor_late_us: wake-up of the motor loop after its deadline.
+        bare_late_us: the same of the bare loop, in the same seconds.
+        p99_ratio: motor over bare.
+        bare_is_c: the bare loop was compiled C; else a Python loop over the same system call.
+        realtime: SCHED_FIFO was granted to both loops.
+        n_ticks: motor ticks.
+        n_missed: whole periods that the motor loop skipped.
+        busy_us: wake-up to sent, two arms.
+        n_chunks: by the busy policy.
+        kill_to_hold_ms: from SIGKILL to the guardian's hold.
+    """
+
+    duration_s: float
+    motor_late_us: Distribution
+    bare_late_us: Distribution
+    p99_ratio: float
+    bare_is_c: bool
+    realtime: bool
+    n_ticks: int
+    n_missed: int
+    busy_us: Distribution
+    n_chunks: int
+    kill_to_hold_ms: Distribution
+
+    def to_dict(self) -> dict[str, object]:
+        """Return it for JSON."""
+        return asdict(self)
+
+
+def create_busy_policy(*, busy_s: float) -> BusyPolicy:
+    """Make the policy by the name ``gwp_edge.bench_loop:create_busy_policy``."""
+    return BusyPolicy(busy_s=busy_s)
+
+
+def measure_loop(
+    *, duration_s: float = 10.0, n_kills: int = 100, realtime: bool = True
+) -> LoopReport:
+    """Measure motor loop, bare loop and guardian on this machine.
+
+    Args:
+        duration_s: of motion.
+        n_kills: motor processes killed, one after another.
+        realtime: ask for SCHED_FIFO.
+
+    Raises:
+        SpecError: a number is out of range.
+        DeviceError: the run did not get going or did not end well.
+    """
+    if not 1.0 <= duration_s <= 3600.0 or not 1 <= n_kills <= 10_000:
+        raise SpecError(
+            f"bench: expected 1 to 3600 s and 1 to 10000 kills, got {duration_s}, {n_kills}"
+        )
+    # Imported here: the fakes are of no use to a robot.
+    from gwp_edge.drivers.piper_fake_bus import FakeProcess
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = _bare_loop(folder)
+        n = round(duration_s * RATE_HZ)
+        arguments = [str(n), str(round(1e9 / RATE_HZ)), str(_PRIORITY if realtime else 0)]
+        bare: list[subprocess.Popen[bytes]] = []
+
+        def on_status(status: RunStatus) -> None:
+            if not bare and status.mode is Mode.RUN:
+                bare.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE))
+
+        with FakeProcess(str(folder / "left")) as left, FakeProcess(str(folder / "right")) as right:
+            options = _run_options(left.channel, right.channel, duration_s, realtime=realtime)
+            summary = run(options, on_status=on_status)
+        if summary.exit_code or not bare or summary.lateness_us is None:
+            for process in bare:
+                process.kill()
+                process.wait()
+            raise DeviceError(f"the benchmark's run ended badly: {summary.message}")
+        output, _ = bare[0].communicate()
+    told = json.loads(output)
+    late_us = Distribution.of(told["late_ns"], 1e-3)
+    kills = [kill_to_hold_ns(realtime=realtime) for _ in range(n_kills)]
+    return LoopReport(
+        duration_s=duration_s,
+        motor_late_us=summary.lateness_us,
+        bare_late_us=late_us,
+        p99_ratio=summary.lateness_us.p99 / late_us.p99,
+        bare_is_c=len(command) == 1,
+        realtime=bool(told["fifo"]),
+        n_ticks=summary.n_ticks,
+        n_missed=summary.n_missed_ticks,
+        busy_us=summary.busy_us or Distribution.of([]),
+        n_chunks=summary.n_chunks,
+        kill_to_hold_ms=Distribution.of(kills, 1e-6),
+    )
+
+
+def kill_to_hold_ns(*, realtime: bool = True) -> int:
+    """Kill a process that the guardian watches; return when its hold went out, ns after the kill.
+
+    Raises:
+        DeviceError: the guardian did not start or did not act.
+    """
+    spec = make_spec(1)
+    robot = RobotConfig(
+        name="kinematic", arm=ArmConfig(kind="kinematic"), world=DeviceConfig(kind="kinematic")
+    )
+    world = create_world(robot, spec)
+    if world is None:
+        raise DeviceError("the kinematic robot has no world")
+    board = Board.create(spec.n_channels, spec.n_rows)
+    motor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    setup = ArmSetup(
+        board=board.name,
+        spec=spec,
+        robot=robot,
+        supervisor_pid=os.getpid(),
+        extra=dict(world.start()),
+    )
+    guardian = multiprocessing.get_context("spawn").Process(
+        target=guardian_main,
+        args=(setup,),
+        kwargs={"timeout_ns": 60_000_000_000, "realtime": realtime, "priority": _PRIORITY - 10},
+    )
+    words = board.words
+    try:
+        guardian.start()
+        _await(lambda: words[Word.GUARDIAN_READY] == 1, "the guardian did not start")
+        words[Word.MOTOR_PID] = motor.pid
+        words[Word.MOTOR_HEARTBEAT_NS] = time.monotonic_ns()
+        words[Word.MOTOR_ARMED] = 1
+        time.sleep(0.05)  # it opens the process on its next turn
+        t_kill_ns = time.monotonic_ns()
+        motor.kill()
+        _await(lambda: words[Word.GUARDIAN_HOLD_SENT_NS] != 0, "the guardian did not act")
+        return int(words[Word.GUARDIAN_HOLD_SENT_NS]) - t_kill_ns
+    finally:
+        motor.kill()
+        motor.wait()
+        guardian.kill()
+        guardian.join()
+        board.close()
+        board.unlink()
+        world.close()
+
+
+def bare_loop_in_python(n: int, period_ns: int, priority: int) -> None:
+    """Print what the C loop prints, by the same system call through ctypes."""
+
+    class Timespec(ctypes.Structure):
+        _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+    fifo = False
+    if priority > 0:
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+            fifo = True
+        except OSError:
+            fifo = False
+    libc = ctypes.CDLL(None)
+    due_ns, late = time.monotonic_ns(), []
+    for _ in range(n):
+        due_ns += period_ns
+        due = Timespec(*divmod(due_ns, 1_000_000_000))
+        libc.clock_nanosleep(time.CLOCK_MONOTONIC, 1, ctypes.byref(due), None)
+        late.append(time.monotonic_ns() - due_ns)
+    sys.stdout.write(json.dumps({"fifo": fifo, "late_ns": late}))
+
+
+def _bare_loop(folder: Path) -> list[str]:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        code = "import sys; from gwp_edge.bench_loop import bare_loop_in_python as f; "
+        return [sys.executable, "-c", code + "f(*map(int, sys.argv[1:]))"]
+    (folder / "bare.c").write_text(_BARE_LOOP, "ascii")
+    program = folder / "bare"
+    done = subprocess.run(
+        [compiler, "-O2", "-o", str(program), str(folder / "bare.c")],
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        raise BuildError(f"{compiler} cannot compile the bare loop: {done.stderr.decode()[:300]}")
+    return [str(program)]
+
+
+def _run_options(left: str, right: str, duration_s: float, *, realtime: bool) -> RunOptions:
+    spec = make_spec(2)
+    return RunOptions(
+        spec=spec,
+        robot=RobotConfig(
+            name="two fake PiPER arms",
+            arm=ArmConfig(kind="piper", options={"left": left, "right": right}),
+            cameras=tuple(CameraConfig(role=r, kind="kinematic") for r in spec.cameras),
+            world=DeviceConfig(kind="kinematic"),
+        ),
+        policy=PolicyOptions(
+            factory="gwp_edge.bench_loop:create_busy_policy",
+            kwargs={"busy_s": 0.1},
+            limits=ObservationLimits(
+                frame_age_ns=1_000_000_000, state_age_ns=1_000_000_000, stall_ns=5_000_000_000
+            ),
+        ),
+        motor=MotorOptions(rate_hz=RATE_HZ, realtime=realtime, priority=_PRIORITY),
+        # The bare loop starts a moment after the motion does.
+        duration_s=duration_s + 1.0,
+        skip_checks=frozenset({"statistics", "first action", "latency"}),
+    )
+
+
+def _await(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline_s = time.monotonic() + 30.0
+    while not condition():
+        if time.monotonic() > deadline_s:
+            raise DeviceError(f"{otherwise} in 30 s")
+        time.sleep(0.0005)
