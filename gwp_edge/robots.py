@@ -24,7 +24,7 @@ ARMS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_arm",
     "sim": "gwp_edge.drivers.sim:create_arm",
     "piper": "gwp_edge.drivers.piper:create_arm",
-    "disturbed": "gwp_edge.profiling.disturb:create_arm",
+    "disturbed": "gwp_edge.drivers.disturbed:create_arm",
     "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_arm",
 }
 CAMERAS: Final[dict[str, str]] = {
@@ -33,7 +33,7 @@ CAMERAS: Final[dict[str, str]] = {
     "realsense": "gwp_edge.drivers.realsense:create_camera",
     "rs-file": "gwp_edge.drivers.recorded:create_rs_file_camera",
     "lerobot": "gwp_edge.drivers.recorded:create_lerobot_camera",
-    "disturbed": "gwp_edge.profiling.disturb:create_camera",
+    "disturbed": "gwp_edge.drivers.disturbed:create_camera",
     "lerobot-robot": "gwp_edge.drivers.lerobot_bridge:create_camera",
 }
 WORLDS: Final[dict[str, str]] = {

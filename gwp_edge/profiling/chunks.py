@@ -115,7 +115,7 @@ def chunk_table(raw: Raw, spec: PolicySpec, *, warmup_s: float, run: int = 0) ->
     begin_ns, end_ns = steady_window_ns(raw, warmup_s)
     stamps = raw.stamps[raw.stamps["t_published_ns"] <= end_ns]
     n = len(stamps)
-    adopted_ns, sent_ns, tick_ms = _first_ticks(raw.ticks, stamps["chunk_idx"])
+    adopted_ns, sent_ns, tick_ms, send_ms = _first_ticks(raw.ticks, stamps["chunk_idx"])
     predict = _ms(stamps["t_predicted_ns"] - stamps["t_built_ns"])
     stages = np.zeros((n, len(_STAGES)))
     steps = _steps(stamps)
@@ -133,7 +133,8 @@ def chunk_table(raw: Raw, spec: PolicySpec, *, warmup_s: float, run: int = 0) ->
             stages,
             _ms(stamps["t_published_ns"] - stamps["t_predicted_ns"]),
             _since(adopted_ns, stamps["t_published_ns"]),
-            tick_ms,
+            tick_ms - send_ms,
+            send_ms,
         ]
     )
     frame_to_chunk = _ms(stamps["t_published_ns"] - stamps["t_observed_ns"])
@@ -192,11 +193,12 @@ def _transport(stamps: Records) -> FloatArray:
 
 def _first_ticks(
     ticks: Records, chunk_idx: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], FloatArray]:
-    """Return adoption and first command of each chunk, ns or 0, and wake-up to sent, ms."""
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], FloatArray, FloatArray]:
+    """Return adoption and first command, ns or 0, wake-up to sent and the driver's share, ms."""
     adopted = np.zeros(len(chunk_idx), np.int64)
     sent = np.zeros(len(chunk_idx), np.int64)
     took = np.full(len(chunk_idx), np.nan)
+    send = np.full(len(chunk_idx), np.nan)
     followed = moving(ticks)
     followed = followed[followed["chunk_idx"] >= 0]
     went_out = followed[(followed["flags"] & int(TickFlag.NOT_SENT)) == 0]
@@ -210,7 +212,8 @@ def _first_ticks(
             if is_sent:
                 sent[i] = tick["t_sent_ns"]
                 took[i] = (tick["t_sent_ns"] - tick["t_woke_ns"]) / 1e6
-    return adopted, sent, took
+                send[i] = tick["send_ns"] / 1e6
+    return adopted, sent, took, send
 
 
 def _hand_overs(

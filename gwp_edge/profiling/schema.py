@@ -36,6 +36,7 @@ SEGMENTS = (
     "publish",
     "adopt",
     "tick",
+    "send",
 )
 GROUPS = {
     "frame age": "camera",
@@ -48,7 +49,8 @@ GROUPS = {
     "postprocess": "engine",
     "publish": "loop",
     "adopt": "loop",
-    "tick": "bus",
+    "tick": "loop",
+    "send": "bus",
 }
 
 

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from gwp_edge.drivers.disturbed import DisturbedCamera
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
 from gwp_edge.mailbox import TICK_DTYPE, command_dtype, state_dtype
@@ -22,7 +23,7 @@ from gwp_edge.profiling.compare import (
     parse_gate,
     read_report,
 )
-from gwp_edge.profiling.disturb import DisturbedCamera, disturbed_robot, parse_disturbances
+from gwp_edge.profiling.disturb import disturbed_robot, parse_disturbances
 from gwp_edge.profiling.html_report import to_html
 from gwp_edge.profiling.roofline import cached_limits
 from gwp_edge.profiling.schema import SEGMENTS, Summary
@@ -213,6 +214,15 @@ def test_report_old_frames_are_the_tail_of_the_camera():
     story.age[[20, 40, 55]] += 33.0
     report = story.report()
     assert (report.tail.group, report.tail.segment) == ("camera", "frame age")
+
+
+def test_report_slow_sends_are_the_tail_of_the_bus():
+    story = Story()
+    raw = story.raw()
+    first = [int(np.flatnonzero(raw.ticks["chunk_idx"] == k)[0]) for k in (20, 40, 55)]
+    story.send = dict.fromkeys(first, 9.0)
+    report = story.report()
+    assert (report.tail.group, report.tail.segment) == ("bus", "send")
 
 
 def test_report_motor_stall_is_blamed_on_the_loop():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from gwp_edge.commands import profiling  # noqa: E402
 from gwp_edge.console import one_line_errors  # noqa: E402
 from gwp_edge.machine_limits import GemmRate, Limits  # noqa: E402
 from gwp_edge.profiling.compare import read_report  # noqa: E402
-from gwp_edge.shared_memory import SHM_DIR  # noqa: E402
+from gwp_edge.shared_memory import SHM_DIR, unique_name  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LIMITS = Limits(threads=1, gemm=(GemmRate(shape=(64, 64, 64), gflop_s=100.0),), stream_gb_s=10.0)
@@ -77,8 +76,15 @@ def test_profile_engine_alone_blames_the_slowed_stage(profile, exported, tmp_pat
     assert "prefill is worth work first" in " ".join(out.split())
 
 
-def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path):
-    before = set(os.listdir(SHM_DIR))
+def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path, monkeypatch):
+    names = []
+
+    def record(label):
+        names.append(unique_name(label))
+        return names[-1]
+
+    for module in ("gwp_edge.mailbox", "gwp_edge.drivers.kinematic"):
+        monkeypatch.setattr(f"{module}.unique_name", record)
     code, _, err = profile(
         exported("gwp05"), "--robot", "kinematic", "--duration", "2.5", "--warmup", "0.2",
         "--threads", "1", "--no-realtime", "--json", tmp_path / "p.json", "--trace",
@@ -98,9 +104,8 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path)
     assert report.system.peaks["motor_rss_mb"] > 1
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert {e["ph"] for e in events} == {"M", "X", "C", "s", "t", "f"}
-    assert {
-        n for n in set(os.listdir(SHM_DIR)) - before if "gwp" in n and str(os.getpid()) in n
-    } == set()
+    assert len(names) >= 2
+    assert [n for n in names if (SHM_DIR / n).exists()] == []
 
 
 def test_profile_bad_words_are_refused_in_one_line(profile, exported, tmp_path):
