@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from gwp_edge.commands.options import (
     EngineOption,
@@ -15,12 +14,13 @@ from gwp_edge.commands.options import (
     ProviderOption,
     TaskOption,
     ThreadsOption,
+    group_with_default,
 )
+from gwp_edge.commands.profiling_tables import say_report
 from gwp_edge.console import (
     EXIT_FAILED,
     progress_bars,
     remark,
-    say,
     say_json,
     say_table,
     write_file,
@@ -32,27 +32,15 @@ if TYPE_CHECKING:
     from gwp_edge.profiling.collect import Raw
     from gwp_edge.profiling.disturb import Disturbances
     from gwp_edge.profiling.run import ProfileOptions
-    from gwp_edge.profiling.schema import ProfileReport, Summary
+    from gwp_edge.profiling.schema import ProfileReport
     from gwp_edge.run_options import RunOptions, RunStatus
     from gwp_edge.spec import PolicySpec
 
 _ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
-_MARKS = {"good": "ok", "warn": "look", "bad": "BAD"}
-
-
-class _RunByDefault(TyperGroup):
-    """``profile BUNDLE`` is ``profile run BUNDLE``; a bundle named like a command needs it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - of typer's own
-        """Put the command in where it was left out."""
-        if not args or (args[0] not in self.commands and args[0] not in ("-h", "--help")):
-            args = ["run", *args]
-        parsed: list[str] = super().parse_args(ctx, args)
-        return parsed
 
 
 app = typer.Typer(
-    cls=_RunByDefault,
+    cls=group_with_default("run"),
     help="Measure where every millisecond goes on this robot, or with the engine alone.\n\n"
     "Example: gwp-edge profile policy.gwp --robot sim --duration 30 --html profile.html",
     no_args_is_help=False,
@@ -155,7 +143,7 @@ def profile(
         )
         report, raws, exit_code = _on_robot(run_options, options)
     _write(report, raws, spec, json_file, html, trace)
-    _say_report(report)
+    say_report(report)
     if exit_code:
         raise typer.Exit(exit_code)
 
@@ -283,89 +271,6 @@ def _write(
         from gwp_edge.profiling.trace import to_trace
 
         write_json(trace, to_trace(raws[-1], spec, report.context))
-
-
-def _say_report(report: ProfileReport) -> None:
-    stages = report.phases.get("steady", {})
-    if stages:
-        say_table("steady, ms", _HEADER, [(name, *_cells(s)) for name, s in stages.items()])
-    for phase in ("cold", "warm"):
-        first = report.phases.get(phase, {}).get("predict")
-        if first is not None:
-            say(f"{phase}: {first.n} predictions, {first.p50:.1f} ms, at most {first.max:.1f} ms")
-    motor = report.motor
-    if motor is not None:
-        rows = [
-            (name, *_cells(s))
-            for name, s in (
-                ("wake-up late", motor.lateness_ms),
-                ("period", motor.period_ms),
-                ("jitter", motor.jitter_ms),
-                ("tick busy", motor.busy_ms),
-                ("driver send", motor.send_ms),
-                ("plan age", motor.chunk_age_ms),
-                ("feedback age", motor.feedback_age_ms),
-            )
-            if s is not None
-        ]
-        say_table("motor loop, ms", _HEADER, rows)
-        lag = motor.command_to_motion_ms
-        say(
-            f"{motor.n_ticks} ticks, {motor.n_missed} periods missed, {motor.n_late} woke more "
-            f"than 1 ms late, motion follows commands after "
-            f"{'an unknown time' if lag is None else f'{lag:.0f} ms'}"
-        )
-    _say_roofline(report)
-    say_table(
-        "Verdict",
-        ("", "about", "found"),
-        [(_MARKS[v.level], v.topic, v.text) for v in report.verdicts],
-    )
-    cost = report.cost
-    say(
-        f"profiling took {cost.listener_percent:.2f} % of a core ({cost.sampler_percent:.2f} % for "
-        f"the system's counters), {cost.stamp_us:.1f} us per chunk, {cost.tick_us:.2f} us per tick"
-    )
-    lost = ", ".join(f"{n} {kind}" for kind, n in cost.n_lost.items() if n)
-    if lost:
-        remark(f"lost while listening: {lost}; percentiles miss them")
-
-
-_HEADER = ("stage", "n", "p50", "p90", "p95", "p99", "p99.9", "max", "mean")
-
-
-def _cells(s: Summary) -> tuple[Any, ...]:
-    values = (s.p50, s.p90, s.p95, s.p99, s.p999, s.max, s.mean)
-    return (s.n, *("-" if v is None else _short(v) for v in values))
-
-
-def _short(ms: float) -> str:
-    return f"{ms:.2f}" if abs(ms) < 100 else f"{ms:.0f}"
-
-
-def _say_roofline(report: ProfileReport) -> None:
-    line = report.roofline
-    if line.limits is None:
-        say(f"no roofline: {line.why_not}")
-        return
-    rows = [
-        (
-            name,
-            f"{s.report.times.p50_ms:.2f}",
-            f"{s.ceiling_ms:.2f}",
-            s.bound,
-            f"{s.report.gflop_s:.1f}",
-            f"{s.report.gbyte_s:.2f}",
-            f"{s.report.percent_of_limit:.0f}",
-        )
-        for name, s in line.stages.items()
-    ]
-    head = ("stage", "p50 ms", "limit ms", "bound", "GFLOP/s", "GB/s", "% limit")
-    say_table(
-        f"Roofline: {line.limits.best_gflop_s:.0f} GFLOP/s, {line.limits.stream_gb_s:.1f} GB/s",
-        head,
-        rows,
-    )
 
 
 @app.command("compare")
