@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from gwp_edge.commands import (
-    benching,
+    benchmarks,
     building,
     cameras,
     exporting,
     inference,
+    lag,
     machine,
+    profiling,
     running,
     sessions,
     statistics,
@@ -39,12 +41,14 @@ for command in (
     inference.infer,
     running.run,
     sessions.replay,
-    benching.bench,
     machine.doctor,
     cameras.cameras,
     statistics.stats,
+    lag.lag,
 ):
     app.command()(command)
+app.add_typer(profiling.app, name="profile")
+app.add_typer(benchmarks.app, name="bench")
 
 
 def _say_version(value: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gwp_edge.commands.benching import bench
+from gwp_edge.commands.options import group_with_default
 from gwp_edge.console import say, say_table, write_json
 
 
@@ -95,3 +97,15 @@ def loop(
         f"p99 of the motor loop is {report.p99_ratio:.2f} times the bare loop's, {scheduling}; "
         f"{report.n_ticks} ticks, {report.n_missed} missed, {report.n_chunks} chunks"
     )
+
+
+app = typer.Typer(
+    cls=group_with_default("engine"),
+    help="Time the engine beside this machine's limits and the eager original; or the motor "
+    "loop, or ways of following one chunk with the next. Options: gwp-edge bench engine --help"
+    "\n\nExample: gwp-edge bench --size gwp05-wide4",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("engine")(bench)
+app.command("loop")(loop)
+app.command("execution")(execution)

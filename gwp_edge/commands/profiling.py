@@ -41,7 +41,8 @@ _ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
 
 app = typer.Typer(
     cls=group_with_default("run"),
-    help="Measure where every millisecond goes on this robot, or with the engine alone.\n\n"
+    help="Measure where every millisecond goes on this robot, or with the engine alone. "
+    "Options: gwp-edge profile run --help\n\n"
     "Example: gwp-edge profile policy.gwp --robot sim --duration 30 --html profile.html",
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
