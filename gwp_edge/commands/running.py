@@ -181,10 +181,11 @@ def _row(name: str, unit: str, d: Distribution | None) -> list[tuple[Any, ...]]:
 
 def _say_summary(summary: RunSummary) -> None:
     if summary.checks:
+        failed = "FAIL" if summary.outcome == "refused" else "ignored"
         say_table(
             "Preflight",
             ("check", "", "detail"),
-            [(c.name, "pass" if c.passed else "FAIL", c.detail) for c in summary.checks],
+            [(c.name, "pass" if c.passed else failed, c.detail) for c in summary.checks],
         )
     rows: list[tuple[Any, ...]] = []
     for stage, latency in summary.latency_ms.items():
