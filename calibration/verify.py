@@ -26,6 +26,7 @@ from gwp_edge.calibration.verify_engine import Answer, EngineChoice, run_bundle
 from gwp_edge.calibration.verify_errors import Ruler, compare, make_ruler
 from gwp_edge.calibration.verify_frames import (
     Frames,
+    Prompt,
     choose_prompts,
     choose_verification,
     judge_statistics,
@@ -41,6 +42,7 @@ from gwp_edge.calibration.verify_schema import (
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.spec import PolicySpec
 from gwp_edge.types import FloatArray
 
 if TYPE_CHECKING:
@@ -122,13 +124,8 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             reference = stack.enter_context(open_reference(bundle, options.reference, progress))
         chosen = choose_verification(dataset, spec, n_samples=options.n_samples, seed=options.seed)
         dataset.check_against(spec, episodes=chosen.episodes)
-        prompts = choose_prompts(
-            dataset,
-            spec,
-            chosen.episodes,
-            task=options.task,
-            files=() if reference is None else reference.prompt_files,
-        )
+        files = () if reference is None else reference.prompt_files
+        prompts, prompt_notes = _prompts(dataset, spec, chosen, options.task, files)
         checks = (*record.checks, *record.check_samples(dataset, spec.n_rows))
         answers, golden = run_bundle(
             bundle,
@@ -152,11 +149,36 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
                 threads=options.engine.threads,
                 progress=progress,
             )
-        notes = (*record.notes, *_notes(bundle, dataset, chosen, against))
+        notes = (*prompt_notes, *record.notes, *_notes(bundle, dataset, chosen, against))
         context = _context(options, bundle, dataset, chosen, ruler, answers)
     return _report(
         options, bundle, ruler, context, answers, (golden, *checks), against, notes, record
     )
+
+
+def _prompts(
+    dataset: LeRobotDataset,
+    spec: PolicySpec,
+    chosen: Frames,
+    task: str | None,
+    files: Sequence[Path],
+) -> tuple[dict[int, Prompt], tuple[str, ...]]:
+    """Return the prompt of each episode, and what there is to say about it.
+
+    A bundle with one prompt has no other to choose: bundle and reference both follow it, so their
+    difference is what it is, while the recorded actions followed another instruction.
+    """
+    try:
+        return choose_prompts(dataset, spec, chosen.episodes, task=task, files=files), ()
+    except SpecError:
+        if task is not None or len(spec.tasks) > 1:
+            raise
+    only = spec.tasks[0]
+    note = (
+        f"{dataset.name} has other instructions than the bundle's one prompt {only!r}, which was "
+        "used throughout: the error against recorded actions says nothing"
+    )
+    return choose_prompts(dataset, spec, chosen.episodes, task=only, files=files), (note,)
 
 
 def _notes(

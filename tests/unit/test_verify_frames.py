@@ -135,3 +135,18 @@ def test_statistics_of_another_robot_are_noted(dataset):
     assert judged(1.0) == []
     assert "left_joint1" in judged(0.2)[0]
     assert "left_joint1" in judged(100.0)[0]
+
+
+def test_one_prompt_serves_a_dataset_with_other_instructions_and_the_report_says_so(dataset):
+    from types import SimpleNamespace
+
+    from gwp_edge.calibration.verify import _prompts
+
+    chosen = SimpleNamespace(episodes=(0, 3))
+    prompts, notes = _prompts(dataset, spec(tasks=("fold the towel",)), chosen, None, ())
+    assert {p.task for p in prompts.values()} == {"fold the towel"}
+    assert "error against recorded actions says nothing" in notes[0]
+    with pytest.raises(SpecError, match="has prompts"):
+        _prompts(dataset, spec(tasks=("fold the towel", "wave")), chosen, None, ())
+    with pytest.raises(SpecError, match="is not in this bundle"):
+        _prompts(dataset, spec(tasks=("fold the towel",)), chosen, "wave", ())
