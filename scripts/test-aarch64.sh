@@ -62,7 +62,7 @@ rm -rf "$site"
 
 rm -rf "$root/work"
 mkdir -p "$root/work"
-cp -r tests pyproject.toml "$bundles" "$root/work/"
+cp -r tests examples docs pyproject.toml "$bundles" "$root/work/"
 
 # No /sys: the processor library inside ONNX Runtime ends in a segmentation fault when /sys lists the
 # host's processors and /proc/cpuinfo describes x86 ones; without /sys it goes on with a warning.

@@ -26,7 +26,7 @@ find_version() { # the interpreter of one version: pyenv's, one on PATH, or uv's
 }
 
 mkdir -p "$scratch/work"
-cp -r "$root/tests" "$root/pyproject.toml" "$scratch/work/"
+cp -r "$root/tests" "$root/examples" "$root/docs" "$root/pyproject.toml" "$scratch/work/"
 cp "$root/constraints.txt" "$scratch/"
 # What a wheel is tested with comes from the dev extra, less the tools that only read sources.
 cat >"$scratch/tools.txt" <<'TXT'
@@ -49,7 +49,7 @@ for version in "$@"; do
     "$python" -m venv "$env"
     pip=("$env/bin/python" -m pip --disable-pip-version-check install -qq -c "$scratch/constraints.txt")
     "${pip[@]}" "$wheel" -r "$scratch/tools.txt"
-    for extra in sim piper realsense; do
+    for extra in sim piper realsense recorded; do
         # Not every vendor ships a wheel for every Python; the tests that need it then skip.
         "${pip[@]}" --only-binary :all: "$wheel[$extra]" 2>"$scratch/log" \
             || echo "no wheels for the extra $extra on Python $version: $(tail -n 1 "$scratch/log")"

@@ -1,5 +1,6 @@
 """Recordings as live cameras: the camera contract, pace, order, looping and the end."""
 
+import importlib.util
 import time
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from gwp_edge.testing import make_spec
 
 DATASET = Path(__file__).parents[1] / "data" / "dataset"
 PATIENCE_S = 60.0
+needs_reader = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("av", "pyarrow")),
+    reason="needs the extra recorded (av, pyarrow)",
+)
 N_FRAMES = 12
 
 
@@ -84,6 +89,7 @@ class TestRsFileCamera(CameraContract):
         return opened("rs-file", path=str(rs_recording), loop=True, speed="max")
 
 
+@needs_reader
 class TestLeRobotCamera(CameraContract):
     @pytest.fixture
     def camera(self, opened):
@@ -125,6 +131,7 @@ def test_rs_file_that_is_no_recording_is_refused(tmp_path, opened):
         camera.open()
 
 
+@needs_reader
 def test_lerobot_frames_are_those_of_the_dataset_at_its_pace(opened):
     pytest.importorskip("av")
     from gwp_edge.calibration.dataset import LeRobotDataset
@@ -144,6 +151,7 @@ def test_lerobot_frames_are_those_of_the_dataset_at_its_pace(opened):
     assert spacing == [0] * len(frames)
 
 
+@needs_reader
 def test_lerobot_cameras_made_together_show_the_same_moment(opened):
     """Started one after the other, they would show pictures of different times."""
     spec = make_spec(cameras=("cam_high", "cam_left_wrist"))
@@ -169,6 +177,7 @@ def test_lerobot_cameras_made_together_show_the_same_moment(opened):
             camera.close()
 
 
+@needs_reader
 @pytest.mark.parametrize(
     ("options", "text"),
     [
