@@ -464,6 +464,10 @@ def _accept(
     return found.recipe
 
 
+def _finite(limit: float) -> float | None:
+    return limit if math.isfinite(limit) else None
+
+
 def _summary(
     options: QuantizeOptions,
     record: CalibrationRecord,
@@ -481,8 +485,8 @@ def _summary(
         is_synthetic=record.is_synthetic,
         observer=choice.method,
         is_smoothed=choice.is_smoothed,
-        budget_rad=budget.joints_rad if budget else None,
-        budget_m=budget.grippers_m if budget else None,
+        budget_rad=_finite(budget.joints_rad) if budget else None,
+        budget_m=_finite(budget.grippers_m) if budget else None,
         curve=tuple(
             CurvePoint(
                 quantized_share=p.quantized_share,

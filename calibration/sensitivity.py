@@ -8,6 +8,7 @@ is taken from a prediction.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -235,4 +236,5 @@ def describe(error: MeasuredError) -> str:
 
 def describe_budget(budget: Budget) -> str:
     """Return a budget in words."""
-    return f"{budget.joints_rad * 1e3:.3g} mrad, {budget.grippers_m * 1e3:.3g} mm"
+    limits = ((budget.joints_rad, "mrad"), (budget.grippers_m, "mm"))
+    return ", ".join(f"{x * 1e3:.3g} {unit}" for x, unit in limits if math.isfinite(x))

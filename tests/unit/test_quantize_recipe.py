@@ -1,0 +1,128 @@
+"""Recipes: what each layer computes in and why, by default, by file and by target."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("torch")
+
+from gwp_edge.errors import SpecError
+from gwp_edge.export.precision import (
+    QUANTIZED_FORMATS,
+    Recipe,
+    cache_format,
+    input_name,
+    is_quantizable,
+    make_recipe,
+    scale_key,
+)
+from gwp_edge.export.recipe_file import read_recipe
+from gwp_edge.export.targets import TARGETS, check_target_precision
+
+pytestmark = pytest.mark.export
+
+QUANTIZED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q")
+QUANTIZED += ("attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")
+HIGH = (
+    "patch_embedding",
+    "state_encoder.mid_proj",
+    "action_encoder.out_proj",
+    "action_decoder.in_proj",
+    "condition_embedder.text_embedder.linear_1",
+    "encoder.conv_in",
+    "quant_conv",
+    "blocks.0.attn2.to_k",
+    "blocks.0.visual_expert.attn2.to_v",
+    "blocks.0.attn1.qk.0",
+    "blocks.0.action_expert.attn2.pv",
+    "blocks.0.prefix.qk.0",
+)
+LAYERS = tuple(f"blocks.{i}.{kind}" for i in range(3) for kind in QUANTIZED)
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED_FORMATS)
+def test_quantized_recipe_touches_linear_layers_of_blocks_only(fmt):
+    recipe = make_recipe(fmt)
+    for block in ("blocks.0.", "blocks.29.visual_expert.", "blocks.7.action_expert."):
+        assert {recipe.of(block + kind) for kind in QUANTIZED} == {fmt}
+    for layer in HIGH:
+        assert recipe.of(layer) == "fp32"
+        assert recipe.explain(layer)[1]
+        assert not is_quantizable(layer)
+    assert cache_format(recipe) == "fp32"
+
+
+def test_rest_of_a_recipe_is_float16_but_for_the_ends():
+    recipe = Recipe(name="int8", default="int8", rest="fp16")
+    assert recipe.of("patch_embedding") == recipe.of("encoder.conv_in") == "fp16"
+    assert cache_format(recipe) == "fp16"
+    assert recipe.of("action_decoder.in_proj") == "fp32"
+
+
+def test_q_k_and_v_share_one_input():
+    names = {input_name(f"blocks.1.action_expert.attn1.to_{x}") for x in "qkv"}
+    assert names == {"blocks.1.action_expert.attn1.qkv"}
+    assert input_name("blocks.1.attn2.to_q") == "blocks.1.attn2.to_q"
+    assert scale_key("denoise", "blocks.1.attn1.to_k") == "denoise/blocks.1.attn1.qkv"
+
+
+def test_layer_without_a_range_is_named():
+    with pytest.raises(SpecError, match=r"blocks\.0\.ffn\.net\.2.*prefill.*--calibration"):
+        make_recipe("int8").threshold("prefill", "blocks.0.ffn.net.2")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".toml"])
+def test_recipe_file_overrides_by_pattern_and_the_last_wins(tmp_path, suffix):
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".json":
+        given = {"rest": "fp16", "layers": {"blocks.*.ffn.net.2": "fp32", "blocks.1.*": "w8"}}
+        path.write_text(json.dumps(given))
+    else:
+        path.write_text(
+            'rest = "fp16"\n[layers]\n"blocks.*.ffn.net.2" = "fp32"\n"blocks.1.*" = "w8"\n'
+        )
+    recipe = read_recipe(path, make_recipe("int8"), LAYERS)
+    assert recipe.of("blocks.0.ffn.net.2") == "fp32"
+    assert recipe.explain("blocks.0.ffn.net.2")[1] == f"mine{suffix}: blocks.*.ffn.net.2"
+    assert recipe.of("blocks.1.ffn.net.2") == "w8"
+    assert recipe.of("blocks.0.attn1.to_q") == "int8"
+    assert recipe.of("patch_embedding") == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting"),
+        ('{"layers": {"blocks.9.*": "fp32"}}', "no layer is called"),
+        ('{"layers": {"blocks.0.*": "int3"}}', "int3"),
+        ('{"rest": "int8"}', "rest must be"),
+        ('{"block": 48}', "block must be"),
+        ('{"layer": {}}', "unknown field"),
+    ],
+)
+def test_recipe_file_with_a_fault_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.json"
+    path.write_text(content)
+    with pytest.raises(SpecError, match=message):
+        read_recipe(path, make_recipe("int8"), LAYERS)
+
+
+def test_recipe_file_that_is_missing_is_refused(tmp_path):
+    with pytest.raises(SpecError, match="recipe"):
+        read_recipe(tmp_path / "none.toml", make_recipe("int8"), LAYERS)
+
+
+def test_orin_refuses_fp8_and_says_int8():
+    with pytest.raises(SpecError, match=r"orin.*--precision int8"):
+        check_target_precision("orin", "fp8")
+    for target in ("thor", "ada", "hopper", "blackwell", "cpu"):
+        check_target_precision(target, "fp8")
+    for target in TARGETS:
+        check_target_precision(target, "int8")
+
+
+def test_unknown_target_lists_the_known_ones():
+    with pytest.raises(SpecError, match=r"nano.*orin"):
+        check_target_precision("nano", "int8")
