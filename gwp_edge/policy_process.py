@@ -197,7 +197,8 @@ class _Runner:
             t_built_ns = self._clock.now_ns()
             chunk = self._predict(observation)
             t_predicted_ns = self._clock.now_ns()
-            self._publish(chunk, observation, now_ns)
+            # Inference starts with the observation complete: a frame may come while it is built.
+            self._publish(chunk, observation, t_built_ns)
             self._stamp(observation, now_ns, t_built_ns, t_predicted_ns)
             t_next_ns = max(t_next_ns + period_ns, now_ns)
 
