@@ -71,8 +71,8 @@ def test_link_positions_equal_vendor_kinematics():
 
 def test_left_arm_comes_first_and_stands_on_the_left(dual):
     assert sim_model.arm_prefixes(2) == ("left", "right")
-    assert dual.tool_pose(0)[1, 3] > 0.2 > -0.2 > dual.tool_pose(1)[1, 3]
     dual.reset(0)
+    assert dual.tool_pose(0)[1, 3] > 0.2 > -0.2 > dual.tool_pose(1)[1, 3]
     target = dual.position
     target[0] += 0.3
     right_before = dual.tool_pose(1)
