@@ -3,10 +3,16 @@
 # Needs root and a Debian or Ubuntu host. The file system is kept in build/aarch64 for the next run.
 # Its packages are unpacked, not configured: Python, the C library and what the wheels link to.
 # Usage: scripts/test-aarch64.sh DIST_DIR BUNDLES_DIR [pytest arguments]   (from the project's root)
+#   GWP_AARCH64_TESTS="tests/parity tests/contract"    only these files and folders; all where unset
 set -euo pipefail
 
 dist="$1" bundles="$2"
 shift 2
+read -r -a tests <<<"${GWP_AARCH64_TESTS:-}"
+for test in "${tests[@]}"; do
+    # Before the minutes of set-up, not after them.
+    [ -e "${test%%::*}" ] || { echo "test-aarch64: GWP_AARCH64_TESTS: no $test here" >&2; exit 1; }
+done
 root="$PWD/build/aarch64/root"
 python_version=3.11 # of Debian 12
 site="$root/usr/local/lib/python$python_version/dist-packages"
@@ -88,4 +94,4 @@ GWP_ROOT="$root" GWP_BUNDLES="/work/$(basename "$bundles")" unshare --mount --pi
     # qemu-user has no SO_TIMESTAMPING, and is too slow for two arms at 200 Hz: not the CPU under test.
     run python3 -m pytest -q -m "not export and not sim" -p no:cacheprovider \
         -k "not test_socketcan and not test_two_arms_in_other_processes" "$@"
-' test-aarch64 "$@"
+' test-aarch64 "${tests[@]}" "$@"
