@@ -188,18 +188,27 @@ class SimWorld:
 
     # -- motion -----------------------------------------------------------------------------
 
-    def reset(self, seed: int) -> None:
-        """Put arms and cubes to the start; ``seed`` decides the poses and the light."""
+    def reset(self, seed: int, *, start: FloatArray | None = None) -> None:
+        """Put arms and cubes to the start; ``seed`` decides the poses and the light.
+
+        Args:
+            seed: of the cubes' places and the light.
+            start: pose of the arms, shape (D,), rad and m; that of the options if None.
+
+        Raises:
+            SafetyFault: ``start`` is not a pose that the controller accepts.
+        """
+        at = self._start if start is None else check_command(start, self._range)
         mujoco, data = self._mujoco, self._data
         rng = np.random.default_rng(seed)
         mujoco.mj_resetData(self._model, data)
         self._n_steps = 0
-        data.qpos[self._qpos_index[:, 0]] = self._start / self._n_coordinates
-        data.qpos[self._qpos_index[:, 1]] = self._start / self._n_coordinates
+        data.qpos[self._qpos_index[:, 0]] = at / self._n_coordinates
+        data.qpos[self._qpos_index[:, 1]] = at / self._n_coordinates
         self._place_cubes(rng)
         self._vary_light(rng)
-        self._controller.reset(self._start)
-        self._target = self._start
+        self._controller.reset(at)
+        self._target = at
         self._write_setpoint()
         mujoco.mj_forward(self._model, data)
 

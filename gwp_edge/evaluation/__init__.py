@@ -1,0 +1,1 @@
+"""Closed-loop evaluation: tasks with known success, episodes in simulated time, statistics."""
