@@ -69,7 +69,8 @@ class TouchTask:
         start[:N_JOINTS] += rng.uniform(-1.0, 1.0, N_JOINTS) * self._START_SPREAD_RAD
         start[N_JOINTS] = rng.uniform(*self._START_OPENING_M)
         low, high = command_range(self.n_arms)
-        return np.clip(start, low, high)
+        clipped: FloatArray = np.clip(start, low, high)
+        return clipped
 
     def reset(self, world: SimWorld, seed: int) -> None:
         """Set up the episode of ``seed``."""
