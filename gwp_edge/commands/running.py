@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gwp_edge.commands.execution import (
+    ExecutionOption,
+    LeadOption,
+    WarmStartOption,
+    find_execution,
+)
 from gwp_edge.commands.options import EngineOption, ProviderOption, TaskOption, ThreadsOption
 from gwp_edge.console import remark, say, say_table, write_json
 from gwp_edge.errors import SpecError
@@ -15,16 +21,6 @@ from gwp_edge.errors import SpecError
 if TYPE_CHECKING:
     from gwp_edge.run_options import RunOptions, RunStatus
     from gwp_edge.telemetry import Distribution, RunSummary
-
-# How chunks follow each other: (guidance inside the network, blend between plans, synchronous).
-_EXECUTION = {
-    "soft": ("soft", "seam", False),
-    "hard": ("hard", "seam", False),
-    "identity": ("identity", "seam", False),
-    "naive": ("none", "seam", False),
-    "ensemble": ("none", "ensemble", False),
-    "sync": ("none", "none", True),
-}
 
 _ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
 
@@ -47,24 +43,13 @@ def run(
     engine: EngineOption = "ort",
     provider: ProviderOption = "cpu",
     threads: ThreadsOption = None,
-    execution: Annotated[
-        str,
-        typer.Option(
-            "--execution",
-            help="How chunks follow each other: soft, hard, identity (real-time chunking), "
-            "naive, ensemble, sync.",
-        ),
-    ] = "soft",
+    execution: ExecutionOption = "soft",
     replan_hz: Annotated[
         float | None, typer.Option("--replan-hz", help="Chunks per second at most.")
     ] = None,
-    lead_ms: Annotated[
-        float, typer.Option("--lead-ms", help="Lag of the arm: how far ahead to command.")
-    ] = 0.0,
+    lead_ms: LeadOption = 0.0,
     motor_hz: Annotated[float, typer.Option("--motor-hz", help="Motor loop rate.")] = 200.0,
-    warm_start: Annotated[
-        float, typer.Option("--warm-start", help="Start denoising at this sigma, 0 to 1.")
-    ] = 1.0,
+    warm_start: WarmStartOption = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything but sending.")] = False,
     realtime: Annotated[
@@ -92,11 +77,7 @@ def run(
     from gwp_edge.robots import load_robot
     from gwp_edge.run_options import RunOptions
 
-    if execution not in _EXECUTION:
-        raise SpecError(
-            f"--execution {execution} is not known; choose from {', '.join(_EXECUTION)}"
-        )
-    method, blend, synchronous = _EXECUTION[execution]
+    method, blend, synchronous = find_execution(execution)
     spec = read_spec(bundle)
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
@@ -122,14 +103,14 @@ def run(
                 # The preflight runs it, so that its result is one of the lines.
                 "check_golden": False,
             },
-            guidance=Guidance(method=method, warm_start_sigma=warm_start),  # type: ignore[arg-type]
+            guidance=Guidance(method=method, warm_start_sigma=warm_start),
             replan_hz=replan_hz,
             synchronous=synchronous,
         ),
         motor=MotorOptions(
             rate_hz=motor_hz,
             lead_ns=round(lead_ms * 1e6),
-            blend=blend,  # type: ignore[arg-type]
+            blend=blend,
             synchronous=synchronous,
             dry_run=dry_run,
             refuse_far=not simulated,

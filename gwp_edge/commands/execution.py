@@ -1,0 +1,49 @@
+"""How chunks follow each other: what ``run`` and ``profile`` alike are asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gwp_edge.errors import SpecError
+
+if TYPE_CHECKING:
+    from gwp_edge.chunking import Method
+    from gwp_edge.schedule import Blend
+
+ExecutionOption = Annotated[
+    str,
+    typer.Option(
+        "--execution",
+        help="How chunks follow each other: soft, hard, identity (real-time chunking), "
+        "naive, ensemble, sync.",
+    ),
+]
+LeadOption = Annotated[
+    float, typer.Option("--lead-ms", help="Lag of the arm: how far ahead to command.")
+]
+WarmStartOption = Annotated[
+    float, typer.Option("--warm-start", help="Start denoising at this sigma, 0 to 1.")
+]
+
+# Guidance inside the network, blend between plans, synchronous.
+_EXECUTIONS: dict[str, tuple[Method, Blend, bool]] = {
+    "soft": ("soft", "seam", False),
+    "hard": ("hard", "seam", False),
+    "identity": ("identity", "seam", False),
+    "naive": ("none", "seam", False),
+    "ensemble": ("none", "ensemble", False),
+    "sync": ("none", "none", True),
+}
+
+
+def find_execution(name: str) -> tuple[Method, Blend, bool]:
+    """Return guidance method, blend between plans, and whether planning waits for the arm.
+
+    Raises:
+        SpecError: there is none of this name.
+    """
+    if name not in _EXECUTIONS:
+        raise SpecError(f"--execution {name} is not known; choose from {', '.join(_EXECUTIONS)}")
+    return _EXECUTIONS[name]
