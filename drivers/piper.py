@@ -123,6 +123,7 @@ class PiperArm:
         position: list[float] = []
         velocity: list[float] = []
         faults = [fault for u in self._units if (fault := u.feedback.fault(now_ns)) is not None]
+        cautions = [text for u in self._units if (text := u.feedback.caution) is not None]
         for unit in self._units:
             feedback = unit.feedback
             if feedback.joint_rad is None or feedback.gripper_um is None:
@@ -137,6 +138,7 @@ class PiperArm:
             t_received_ns=min(u.feedback.t_received_ns for u in self._units),
             enabled=all(u.enabled() for u in self._units),
             fault="; ".join(faults) or None,
+            caution="; ".join(cautions) or None,
         )
 
     def send(self, position: FloatArray) -> None:

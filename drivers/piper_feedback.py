@@ -351,5 +351,10 @@ class PiperFeedback:
 
     def fault(self, now_ns: int) -> str | None:
         """Return the most important fault at ``now_ns`` as one line for the operator, or None."""
-        text = self.latched or self.silence(now_ns) or self._passing
+        text = self.latched or self.silence(now_ns)
         return None if text is None else f"{self.name}: {text}"
+
+    @property
+    def caution(self) -> str | None:
+        """What the arm complains about and may stop to by itself, as one line, or None."""
+        return None if self._passing is None else f"{self.name}: {self._passing}"

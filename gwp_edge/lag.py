@@ -122,8 +122,8 @@ def _swing(
         time.sleep(max(0.0, t_s - (time.monotonic_ns() - t0_ns) / 1e9))
         now_ns = time.monotonic_ns()
         state = arm.state()
-        if state.fault is not None:
-            raise DeviceError(state.fault)
+        if state.fault is not None or state.caution is not None:
+            raise DeviceError(state.fault or state.caution)
         if now_ns - state.t_received_ns > _STALE_NS:
             raise DeviceError("the arm's feedback stopped; the measurement was broken off")
         t_s = (now_ns - t0_ns) / 1e9

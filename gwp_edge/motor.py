@@ -78,6 +78,7 @@ class MotorLoop:
         self._braking = False
         self._stop_wanted = self._parking_begun = False
         self._t_warned_ns = 0
+        self._caution: str | None = None
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
         self._send_ns = 0
@@ -148,6 +149,8 @@ class MotorLoop:
         self._board.publish_state(state)
         if state.fault is not None:
             self._fault(state.fault)
+        if state.caution != self._caution:
+            self._see_caution(state.caution, now_ns)
         age_ns = now_ns - state.t_received_ns
         if age_ns <= self._options.feedback_warn_ns:
             return
@@ -159,6 +162,16 @@ class MotorLoop:
         elif now_ns - self._t_warned_ns > _WARN_EVERY_NS:
             self._t_warned_ns = now_ns
             self._say(EventKind.WARNING, text)
+
+    def _see_caution(self, caution: str | None, now_ns: int) -> None:
+        """Hold when a caution appears; once a person has resumed, it does not hold again."""
+        self._caution = caution
+        if caution is None:
+            return
+        if self.mode in (Mode.APPROACH, Mode.RUN):
+            self._hold(HoldReason.ARM, caution, now_ns)
+        else:
+            self._say(EventKind.WARNING, caution)
 
     def _take_chunk(self, now_ns: int) -> None:
         chunk = self._board.new_chunk()

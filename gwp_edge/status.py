@@ -82,6 +82,7 @@ class HoldReason(enum.IntEnum):
     TRACKING = 6
     FEEDBACK = 7
     STOP = 8
+    ARM = 9
 
     @property
     def ends_by_itself(self) -> bool:

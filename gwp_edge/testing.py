@@ -66,6 +66,7 @@ class FakeArm:
         failure: raised by ``state`` and ``send`` while set.
         send_failure: raised by ``send`` alone while set.
         fault: reported in the state while set.
+        caution: likewise.
         follows: whether commands move the arm.
         feedback_age_ns: how old the state claims to be.
     """
@@ -82,6 +83,7 @@ class FakeArm:
         self.failure: Exception | None = None
         self.send_failure: Exception | None = None
         self.fault: str | None = None
+        self.caution: str | None = None
         self.follows = True
         self.feedback_age_ns = 0
 
@@ -129,6 +131,7 @@ class FakeArm:
             t_received_ns=self._clock.now_ns() - self.feedback_age_ns,
             enabled=self._enabled,
             fault=self.fault,
+            caution=self.caution,
         )
 
     def send(self, position: FloatArray) -> None:

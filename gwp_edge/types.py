@@ -143,6 +143,8 @@ class ArmState:
         t_received_ns: time at which the oldest part of ``position`` arrived.
         enabled: every motor is powered and follows commands.
         fault: one line for the operator, or None while all is well.
+        caution: one line about something that passes, such as a target that the arm's own
+            controller refuses: reason to hold, not to give up. None while there is nothing.
     """
 
     position: FloatArray
@@ -150,6 +152,7 @@ class ArmState:
     t_received_ns: int
     enabled: bool
     fault: str | None = None
+    caution: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "position", frozen_array(self.position, np.float64))

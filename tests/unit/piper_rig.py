@@ -97,9 +97,16 @@ class Rig:
 
     def fault_after(self, deadline_ns):
         """Read until a fault shows; return (text, time it took), or fail at the deadline."""
+        return self._after(deadline_ns, "fault")
+
+    def caution_after(self, deadline_ns):
+        """Read until a caution shows; return (text, time it took), or fail at the deadline."""
+        return self._after(deadline_ns, "caution")
+
+    def _after(self, deadline_ns, what):
         begin_ns = self.clock.t_ns
         while self.clock.t_ns - begin_ns <= deadline_ns:
-            state = self.watch()
-            if state.fault is not None:
-                return state.fault, self.clock.t_ns - begin_ns
-        raise AssertionError(f"no fault within {deadline_ns / MS} ms")
+            text = getattr(self.watch(), what)
+            if text is not None:
+                return text, self.clock.t_ns - begin_ns
+        raise AssertionError(f"no {what} within {deadline_ns / MS} ms")

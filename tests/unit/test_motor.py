@@ -291,6 +291,34 @@ def test_gripper_that_is_stopped_by_an_object_goes_on(rig):
     assert rig.loop.mode is Mode.RUN
 
 
+def test_caution_holds_once_and_a_person_may_go_on(rig):
+    rig.run()
+    rig.arm.caution = "a target is over the arm's own angle limit"
+    rig.ticks(1)
+    assert rig.loop.hold_reason is HoldReason.ARM
+    rig.ticks(100, every=10)
+    assert rig.loop.mode is Mode.HOLD
+    rig.check_decelerated_and_holding()
+    assert any("own angle limit" in e.text for e in rig.board.events["motor"].drain())
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(60, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+    rig.arm.caution = None
+    rig.ticks(2)
+    rig.arm.caution = "joint 3 is at its angle limit"
+    rig.ticks(1)
+    assert rig.loop.mode is Mode.HOLD
+
+
+def test_caution_before_the_motion_is_only_said(rig):
+    rig.arm.caution = "joint 3 is at its angle limit"
+    rig.ticks(5)
+    assert rig.loop.mode is Mode.ENABLED
+    assert any("joint 3" in e.text for e in rig.board.events["motor"].drain())
+    rig.run()
+    assert rig.loop.mode is Mode.RUN
+
+
 def test_arm_fault_is_latched_brakes_and_leaves_the_line_alone(rig):
     rig.run()
     rig.arm.fault = "joint 3: driver over-temperature"

@@ -81,22 +81,24 @@ def test_status_fault_shows_at_once_and_stays(rig, status, words):
     ("status", "words"),
     [(2, "no solution"), (3, "singular"), (4, "over the arm's own angle limit")],
 )
-def test_passing_status_shows_and_passes(rig, status, words):
+def test_passing_status_is_a_caution_while_the_mode_is_sent_again(rig, status, words):
     rig.fake.faults.arm_status = status
-    text, _ = rig.fault_after(10 * MS)
+    text, _ = rig.caution_after(10 * MS)
     assert words in text
+    assert rig.watch().fault is None
     rig.bus.sent.clear()
     rig.run(rig.watch().position, 41)
     assert codec.ID_MODE in [can_id for can_id, _ in rig.bus.sent]
     rig.fake.faults.arm_status = None
-    assert rig.watch(2).fault is None
+    assert rig.watch(2).caution is None
 
 
 def test_joint_at_its_limit_is_named_and_passes(rig):
     rig.fake.faults.over_limit = 0b000100
-    assert "joint 3 is at its angle limit" in rig.fault_after(10 * MS)[0]
+    assert "joint 3 is at its angle limit" in rig.caution_after(10 * MS)[0]
+    assert rig.watch().fault is None
     rig.fake.faults.over_limit = 0
-    assert rig.watch(2).fault is None
+    assert rig.watch(2).caution is None
 
 
 def test_joints_that_do_not_answer_are_named_and_stay(rig):
