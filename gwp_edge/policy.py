@@ -13,6 +13,7 @@ from gwp_edge.bundle import Bundle
 from gwp_edge.chunking import Guidance, prefix_gain, shift_rows, warm_start_step
 from gwp_edge.engines import create_engine
 from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.passes import PassInput, free_input, run_pass, run_stages
 from gwp_edge.preprocess import (
     actions_from_network,
     actions_to_network,
@@ -48,6 +49,7 @@ class BundlePolicy:
         engine: runs its graphs; closed with the policy.
         task: prompt to follow; None takes the bundle's first.
         seed: of the noise that ``predict`` draws; None takes a fresh one.
+        whole: run a chunk in one call where the engine can; else stage by stage.
     """
 
     def __init__(
@@ -57,15 +59,14 @@ class BundlePolicy:
         *,
         task: str | None = None,
         seed: int | None = None,
+        whole: bool = True,
     ) -> None:
         self.bundle = bundle
         self._engine = engine
+        self._pass = run_pass if whole else run_stages
         self._spec = bundle.spec
         self._rng = np.random.default_rng(seed)
         self._sigmas = np.asarray(self._spec.sampler.sigmas)
-        rows = (self._spec.n_rows, self._spec.network.n_action_channels)
-        self._no_prefix = np.zeros(rows, np.float32)
-        self._no_gain = np.zeros((self._spec.n_rows, 1), np.float32)
         self._timing: StageTimes | None = None
         self._trace: PredictTrace | None = None
         self._n_chunks = 0
@@ -116,29 +117,32 @@ class BundlePolicy:
         canvas = compose_canvas(observation, self._spec.canvas)
         state_norm = normalise_state(observation.state, self._spec)
         start = self._noise(noise)
-        guide = self._guide(observation, previous, guidance, start)
-        stages = [time.monotonic_ns() - t_start]
-        x, latent = self._sample(canvas, state_norm, guide, stages)
+        given = free_input(canvas, state_norm, start, self._spec.sampler.n_steps)
+        if previous is not None and guidance is not None and guidance.method != "none":
+            given = self._guided(given, observation, previous, guidance)
+        preprocess_ns = time.monotonic_ns() - t_start
+        answer = self._pass(self._engine, given)
         t_post = time.monotonic_ns()
         chunk = Chunk(
-            actions=actions_from_network(x, observation.state, self._spec),
+            actions=actions_from_network(answer.x, observation.state, self._spec),
             t_observed_ns=observation.t_observed_ns,
             period_ns=self._spec.period_ns,
             chunk_idx=self._n_chunks,
         )
         self._n_chunks += 1
-        self._trace = PredictTrace(canvas=canvas, latent=latent, noise=start)
+        self._trace = PredictTrace(canvas=canvas, latent=answer.latent, noise=start)
         self._timing = StageTimes(
-            preprocess_ns=stages[0],
-            vision_ns=stages[1],
-            prefill_ns=stages[2],
-            denoise_ns=tuple(stages[3:]),
+            # Copies to a device and the launch come before its stages, so they count here.
+            preprocess_ns=preprocess_ns + answer.other_ns,
+            vision_ns=answer.vision_ns,
+            prefill_ns=answer.prefill_ns,
+            denoise_ns=answer.denoise_ns,
             postprocess_ns=time.monotonic_ns() - t_post,
         )
         return chunk
 
     def _noise(self, noise: Float32Array | None) -> Float32Array:
-        shape = self._no_prefix.shape
+        shape = (self._spec.n_rows, self._spec.network.n_action_channels)
         if noise is None:
             return self._rng.standard_normal(shape, dtype=np.float32)
         given = np.asarray(noise)
@@ -150,71 +154,39 @@ class BundlePolicy:
             raise SpecError("noise: expected finite floating-point numbers")
         return np.ascontiguousarray(given, dtype=np.float32)
 
-    def _guide(
-        self,
-        observation: Observation,
-        previous: Chunk | None,
-        guidance: Guidance | None,
-        noise: Float32Array,
-    ) -> tuple[int, Float32Array, Float32Array, Float32Array]:
-        """Return first step, starting x, prefix (H, A) and its gain per step (N, H, 1)."""
-        n_steps, spec = self._spec.sampler.n_steps, self._spec
-        free = (
-            0,
-            noise,
-            self._no_prefix,
-            np.broadcast_to(self._no_gain, (n_steps, spec.n_rows, 1)),
-        )
-        if previous is None or guidance is None or guidance.method == "none":
-            return free
+    def _guided(
+        self, free: PassInput, observation: Observation, previous: Chunk, guidance: Guidance
+    ) -> PassInput:
+        """Pull a free pass towards the running chunk, as far as that one still reaches."""
+        spec = self._spec
         rows, n_real = shift_rows(previous, observation.t_observed_ns, spec.period_ns, spec.n_rows)
         if n_real == 0:
             return free
         prefix = actions_to_network(rows, observation.state, spec)
         horizon = min(guidance.n_horizon_rows or n_real, n_real)
         limited = dataclasses.replace(guidance, n_horizon_rows=horizon)
-        gain = prefix_gain(limited, self._sigmas, spec.n_rows)
-        first = warm_start_step(guidance, self._sigmas)
+        first, x = warm_start_step(guidance, self._sigmas), free.x
         if first > 0:
             sigma = np.float32(self._sigmas[first])
-            noise = (1 - sigma) * prefix + sigma * noise
-        return first, noise, prefix, gain
-
-    def _sample(
-        self,
-        canvas: ImageArray,
-        state_norm: Float32Array,
-        guide: tuple[int, Float32Array, Float32Array, Float32Array],
-        stages: list[int],
-    ) -> tuple[Float32Array, Float32Array]:
-        first, x, prefix, gain = guide
-        t_last = time.monotonic_ns()
-
-        def lap() -> None:
-            nonlocal t_last
-            now = time.monotonic_ns()
-            stages.append(now - t_last)
-            t_last = now
-
-        latent = self._engine.vision(canvas)
-        lap()
-        self._engine.prefill(latent, state_norm)
-        lap()
-        for step_idx in range(first, self._spec.sampler.n_steps):
-            x = self._engine.denoise(x, step_idx, prefix, gain[step_idx])
-            lap()
-        return x, latent
+            x = (1 - sigma) * prefix + sigma * x
+        return dataclasses.replace(
+            free,
+            x=x,
+            prefix_norm=prefix,
+            prefix_gain=prefix_gain(limited, self._sigmas, spec.n_rows),
+            first_step=first,
+        )
 
     def predict_from_canvas(
         self, canvas: ImageArray, state: FloatArray, noise: Float32Array
     ) -> tuple[Float32Array, FloatArray]:
         """Return latent and absolute actions (H, D) for a composed canvas; rad and m."""
-        latent = self._engine.vision(canvas)
-        self._engine.prefill(latent, normalise_state(state, self._spec))
-        x = self._noise(noise)
-        for step_idx in range(self._spec.sampler.n_steps):
-            x = self._engine.denoise(x, step_idx, self._no_prefix, self._no_gain)
-        return latent, actions_from_network(x, state, self._spec)
+        state_norm = normalise_state(state, self._spec)
+        n_steps = self._spec.sampler.n_steps
+        answer = self._pass(
+            self._engine, free_input(canvas, state_norm, self._noise(noise), n_steps)
+        )
+        return answer.latent, actions_from_network(answer.x, state, self._spec)
 
     def check_golden(self) -> None:
         """Run the bundle's golden input on this machine and compare.

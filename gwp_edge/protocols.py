@@ -270,3 +270,43 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the device; safe to call twice."""
         ...
+
+
+@runtime_checkable
+class ChunkEngine(Protocol):
+    """An engine that can also run a whole chunk in one call, faster than its stages.
+
+    The answer is that of the stages. Threads: the engine's owner.
+    """
+
+    @property
+    def chunk_laps_ns(self) -> tuple[int, ...]:
+        """Times of vision, prefill and each step of the last ``chunk``; empty before it."""
+        ...
+
+    def chunk(
+        self,
+        canvas: ImageArray,
+        state_norm: Float32Array,
+        x: Float32Array,
+        prefix_norm: Float32Array,
+        prefix_gain: Float32Array,
+        *,
+        first_step: int = 0,
+    ) -> tuple[Float32Array, Float32Array]:
+        """Run vision, prefill and the steps from ``first_step`` on.
+
+        The first call with a ``first_step`` may take many times as long as those after it.
+
+        Args:
+            canvas: uint8 RGB (h, w, 3).
+            state_norm: normalised, padded state (1, A).
+            x: noisy actions at sigma[first_step], (H, A).
+            prefix_norm: actions of the running chunk, normalised, (H, A).
+            prefix_gain: pull towards it for each step, (N, H, 1).
+            first_step: 0 to N-1; above 0 for a warm start.
+
+        Returns:
+            the last x (H, A), and the latent (1, C, h/16, w/16).
+        """
+        ...

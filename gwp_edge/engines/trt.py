@@ -33,7 +33,7 @@ class TrtEngine:
         bundle: a checked bundle whose engines were built on this device.
         folder: engines to use; None finds those that fit.
         options: what the engines were built with; None for the defaults.
-        graphs: replay chunks as CUDA graphs.
+        graphs: replay chunks as CUDA graphs; else launch their kernels one by one.
 
     Raises:
         PerformanceIssue: no engines, no TensorRT, PyCUDA or CUDA graphs here; says what to do.
@@ -56,16 +56,16 @@ class TrtEngine:
         self._laps_ns: tuple[int, ...] = ()
         self._graphs: dict[int, CapturedGraph] = {}
         self._stages: LoadedStages | None = None
-        self._driver: CudaDriver | None = None
+        self._captures = graphs
         self._events: Events | None = None
         self._context = PrimaryContext()
         try:
-            self._open(folder, options or BuildOptions(), graphs=graphs)
+            self._open(folder, options or BuildOptions())
         except BaseException:
             self.close()
             raise
 
-    def _open(self, folder: Path | None, options: BuildOptions, *, graphs: bool) -> None:
+    def _open(self, folder: Path | None, options: BuildOptions) -> None:
         facts = self._context.facts()
         if folder is None:
             folder, _ = find_engines(self._bundle, key_of(self._bundle, facts, options))
@@ -76,10 +76,9 @@ class TrtEngine:
             "close other programs, or export with a smaller --precision",
         )
         self._stream = self._context.stream()
-        if graphs:
-            self._driver = CudaDriver()
-            # Before vision, after it, after prefill, and after each step.
-            self._events = Events(self._driver, self._n_steps + 3)
+        self._driver = CudaDriver()
+        # Before vision, after it, after prefill, and after each step.
+        self._events = Events(self._driver, self._n_steps + 3)
         self._stages = LoadedStages(
             self._bundle, folder, stream=self._stream, integrated=facts.integrated
         )
@@ -148,8 +147,8 @@ class TrtEngine:
         prefix_gain: Float32Array,
         *,
         first_step: int = 0,
-    ) -> Float32Array:
-        """Run vision, prefill and the steps from ``first_step`` on; return the last x (H, A).
+    ) -> tuple[Float32Array, Float32Array]:
+        """Run vision, prefill and the steps from ``first_step`` on.
 
         The first call with a ``first_step`` runs the work plainly, which settles what TensorRT
         allocates late, and captures it; later calls replay the graph. A policy therefore asks for
@@ -162,6 +161,9 @@ class TrtEngine:
             prefix_norm: actions of the running chunk, normalised, (H, A).
             prefix_gain: pull towards it for each step, (N, H, 1).
             first_step: 0 to N-1; above 0 for a warm start.
+
+        Returns:
+            the last x (H, A), and the latent (1, C, h/16, w/16) for records.
         """
         self._check_step(first_step)
         stages = self._with_prompt()
@@ -182,11 +184,12 @@ class TrtEngine:
             if self._events is not None:
                 self._laps_ns = self._events.laps_ns(3 + self._n_steps - first_step)
         x_last: Float32Array = stages.buffers.host("x_next").copy()
-        return x_last
+        latent: Float32Array = stages.buffers.host("latent").copy()
+        return x_last, latent
 
     @property
     def chunk_laps_ns(self) -> tuple[int, ...]:
-        """Times of vision, prefill and each step of the last ``chunk``, ns, by the GPU's clock."""
+        """Times of vision, prefill and each step of the last ``chunk``, by the GPU's clock."""
         return self._laps_ns
 
     def _run_chunk(self, stages: LoadedStages, first_step: int) -> None:
@@ -196,7 +199,7 @@ class TrtEngine:
             graph.launch(handle)
             return
         self._enqueue_chunk(stages, first_step, captured=False)
-        if self._driver is None:
+        if not self._captures:
             return
         self._stream.synchronize()
         enqueue = functools.partial(self._enqueue_chunk, stages, first_step, captured=True)
@@ -228,6 +231,7 @@ class TrtEngine:
             source = target
             mark()
         buffers.fetch("x_next")
+        buffers.fetch("latent")
 
     # -- state -------------------------------------------------------------------------------
 

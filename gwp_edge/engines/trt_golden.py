@@ -15,26 +15,11 @@ from gwp_edge.engines.trt import TrtEngine
 from gwp_edge.engines.trt_build import BuildOptions
 from gwp_edge.engines.trt_gates import judge_golden, judge_replay
 from gwp_edge.policy import BundlePolicy
-from gwp_edge.preprocess import actions_from_network, normalise_state
 
 if TYPE_CHECKING:
-    from gwp_edge.types import Float32Array, FloatArray, ImageArray
+    from gwp_edge.types import Float32Array
 
 _OTHER_SEED: Final = 20261
-
-
-def _replayed(
-    bundle: Bundle, engine: TrtEngine, canvas: ImageArray, state: FloatArray, noise: Float32Array
-) -> FloatArray:
-    """Return the actions (H, D) of the golden input as a replayed graph gives them."""
-    spec = bundle.spec
-    no_prefix = np.zeros_like(noise)
-    no_gain = np.zeros((spec.sampler.n_steps, spec.n_rows, 1), np.float32)
-    state_norm = normalise_state(state, spec)
-    # Other noise first: the graph must read what is there when it is replayed.
-    for start in (no_prefix, noise):
-        x = engine.chunk(canvas, state_norm, start, no_prefix, no_gain)
-    return actions_from_network(x, state, spec)
 
 
 def golden_gate(bundle: Bundle, folder: Path, options: BuildOptions) -> float:
@@ -50,11 +35,14 @@ def golden_gate(bundle: Bundle, folder: Path, options: BuildOptions) -> float:
     noise: Float32Array = arrays["noise"]
     other = np.random.default_rng(_OTHER_SEED).standard_normal(noise.shape, dtype=np.float32)
     engine = TrtEngine(bundle, folder=folder, options=options)
-    policy = BundlePolicy(bundle, engine, task=golden.task)
+    policy = BundlePolicy(bundle, engine, task=golden.task, whole=False)
+    replaying = BundlePolicy(bundle, engine, task=golden.task)
     try:
         latent, answer = policy.predict_from_canvas(canvas, state, noise)
         _, moved = policy.predict_from_canvas(canvas, state, other)
-        replayed = _replayed(bundle, engine, canvas, state, noise)
+        # Other noise first: the graph must read what is there when it is replayed.
+        replaying.predict_from_canvas(canvas, state, np.zeros_like(noise))
+        _, replayed = replaying.predict_from_canvas(canvas, state, noise)
     finally:
         policy.close()
     error = judge_golden(

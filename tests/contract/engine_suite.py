@@ -9,8 +9,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gwp_edge.chunking import Guidance, warm_start_step
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.policy import BundlePolicy
+from gwp_edge.protocols import ChunkEngine
+from gwp_edge.types import Frame, Observation
 
 # Largest distance between two engines on one bundle, of normalised values, by engine and
 # precision. float32 differs by the order of sums; 16 bits by where they are rounded; quantized
@@ -36,6 +39,24 @@ def inputs(spec, seed=0):
     state = rng.uniform(-1, 1, (1, A)).astype(np.float32)
     x = rng.standard_normal((H, A), dtype=np.float32)
     return canvas, state, x, np.zeros((H, A), np.float32), np.zeros((H, 1), np.float32)
+
+
+def observation(spec, seed=0):
+    """Return a random picture of every camera at one time, and a state inside the limits."""
+    rng = np.random.default_rng(seed)
+    frames = tuple(
+        Frame(
+            camera=view.camera,
+            image=rng.integers(0, 256, (48, 64, 3), dtype=np.uint8),
+            t_captured_ns=1 + seed,
+            t_received_ns=1 + seed,
+            frame_idx=0,
+        )
+        for view in spec.canvas.views
+    )
+    return Observation(
+        frames=frames, state=rng.uniform(-0.1, 0.1, spec.n_channels), t_state_ns=1 + seed
+    )
 
 
 def run_steps(engine, spec, seed=0, n_steps=None):
@@ -192,7 +213,48 @@ class ChunkSuite:
     def chunk(self, running, spec, seed=0, first_step=0, gain_value=0.0):
         canvas, state, x, prefix, gain = inputs(spec, seed)
         gains = np.full((spec.sampler.n_steps, *gain.shape), gain_value, np.float32)
-        return running.chunk(canvas, state, x, prefix, gains, first_step=first_step)
+        return running.chunk(canvas, state, x, prefix, gains, first_step=first_step)[0]
+
+    def test_chunk_engine_is_known_by_its_protocol(self, bundle, engine):
+        running = engine(bundle)
+        assert isinstance(running, ChunkEngine)
+        assert running.chunk_laps_ns == ()
+        running.close()
+
+    def test_chunk_gives_the_latent_of_its_picture(self, bundle, engine):
+        running = engine(bundle)
+        running.set_prompt(bundle.spec.tasks[0])
+        canvas, state, x, prefix, gain = inputs(bundle.spec)
+        gains = np.zeros((bundle.spec.sampler.n_steps, *gain.shape), np.float32)
+        for picture in (canvas, 255 - canvas, canvas):
+            _, latent = running.chunk(picture, state, x, prefix, gains)
+            np.testing.assert_array_equal(latent, running.vision(picture))
+        running.close()
+
+    @pytest.mark.parametrize("warm_start_sigma", [1.0, 0.5])
+    def test_policy_takes_whole_chunks_and_answers_as_by_stages(
+        self, bundle, engine, warm_start_sigma
+    ):
+        """Free, guided and again: what the run loop does; its latent and times come along."""
+        spec, running = bundle.spec, engine(bundle)
+        guidance = Guidance(method="soft", warm_start_sigma=warm_start_sigma)
+        first = warm_start_step(guidance, np.asarray(spec.sampler.sigmas))
+        noise = inputs(spec)[2]
+        answers = []
+        for whole in (False, True):
+            policy = BundlePolicy(bundle, running, whole=whole)
+            free = policy.predict(observation(spec, seed=0), noise=noise)
+            guided = policy.predict(
+                observation(spec, seed=1), noise=noise, previous=free, guidance=guidance
+            )
+            assert len(policy.timing.denoise_ns) == spec.sampler.n_steps - first
+            assert policy.timing.total_ns > 0
+            answers.append((free.actions, guided.actions, policy.trace.latent))
+        assert len(running.chunk_laps_ns) == 2 + spec.sampler.n_steps - first
+        running.close()
+        for by_stages, at_once in zip(*answers, strict=True):
+            np.testing.assert_array_equal(by_stages, at_once)
+        assert np.abs(answers[0][0] - answers[0][1]).max() > 1e-4
 
     def test_chunk_equals_the_stages_first_and_replayed(self, bundle, engine):
         running = engine(bundle)

@@ -349,7 +349,8 @@ def test_engine_without_graphs_runs_a_chunk_all_the_same(built, gpu):
     canvas, state, x, prefix, gain = inputs(built.spec)
     gains = np.zeros((built.spec.sampler.n_steps, *gain.shape), np.float32)
     np.testing.assert_array_equal(
-        engine.chunk(canvas, state, x, prefix, gains), run_steps(engine, built.spec)
+        engine.chunk(canvas, state, x, prefix, gains)[0], run_steps(engine, built.spec)
     )
+    assert len(engine.chunk_laps_ns) == 2 + built.spec.sampler.n_steps
     assert not any(call.startswith("cuGraph") for call in gpu.calls)
     engine.close()
