@@ -1,20 +1,90 @@
 """Wrappers that make a simulated robot's camera lose frames, or its bus slow, on purpose.
 
-Made by ``gwp-edge profile --disturb``; see ``gwp_edge.profiling.disturb``.
+Made by ``gwp-edge profile --disturb`` (see ``gwp_edge.profiling.disturb``) and, with a switch that
+is thrown from outside, by ``gwp-edge bench soak``.
 """
 
 from __future__ import annotations
 
+import mmap
 import random
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
-from gwp_edge.errors import SpecError
+from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.protocols import Arm, Camera
 from gwp_edge.robots import ARMS, CAMERAS, import_callable
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import ArmState, FloatArray, Frame, JointLimits
+
+
+class Switch:
+    """A few bytes in a file that one process sets and others look at. Threads: any.
+
+    Args:
+        path: of the file; made where it is missing.
+    """
+
+    N_BYTES = 8
+
+    def __init__(self, path: str) -> None:
+        file = Path(path)
+        if not file.exists():
+            file.write_bytes(bytes(self.N_BYTES))
+        with file.open("r+b") as f:
+            self._map = mmap.mmap(f.fileno(), self.N_BYTES)
+
+    def __getitem__(self, i: int) -> int:
+        return self._map[i]
+
+    def __setitem__(self, i: int, value: int) -> None:
+        self._map[i] = value
+
+    def close(self) -> None:
+        """Let go of the file; it stays."""
+        self._map.close()
+
+
+CAMERA_BYTE = 0
+CAMERA_GOOD, CAMERA_FROZEN, CAMERA_GONE = 0, 1, 2
+
+
+class SwitchedCamera:
+    """A camera that freezes or fails when its switch says so. Threads: as its inner one."""
+
+    def __init__(self, inner: Camera, switch: Switch) -> None:
+        self._inner = inner
+        self._switch = switch
+        self._kept: Frame | None = None
+
+    @property
+    def name(self) -> str:
+        """As the camera's."""
+        return self._inner.name
+
+    def open(self) -> None:
+        """As the camera's."""
+        self._inner.open()
+
+    def latest(self) -> Frame | None:
+        """Return the newest frame, or while frozen the last one.
+
+        Raises:
+            DeviceError: the switch says that it is gone.
+        """
+        how = self._switch[CAMERA_BYTE]
+        if how == CAMERA_GONE:
+            raise DeviceError(f"camera {self.name}: unplugged (switched off on purpose)")
+        if how != CAMERA_FROZEN or self._kept is None:
+            self._kept = self._inner.latest()
+        return self._kept
+
+    def close(self) -> None:
+        """As the camera's."""
+        self._inner.close()
+        self._switch.close()
 
 
 class DisturbedCamera:
@@ -92,11 +162,17 @@ class DisturbedArm:
         self._inner.close()
 
 
-def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> DisturbedCamera:
-    """Make the camera ``disturbed_kind`` that loses the share ``disturbed_drop`` of its frames."""
-    kind, drop, rest = _unwrapped(options, "disturbed_drop")
-    inner = import_callable(CAMERAS[kind], "camera driver")(role, rest, spec)
-    return DisturbedCamera(cast(Camera, inner), float(drop))
+def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> Camera:
+    """Make the camera ``disturbed_kind`` that loses the share ``disturbed_drop`` of its frames.
+
+    With ``disturbed_switch``, a file, it fails as the ``Switch`` there says instead.
+    """
+    key = "disturbed_switch" if "disturbed_switch" in options else "disturbed_drop"
+    kind, how, rest = _unwrapped(options, key)
+    inner = cast(Camera, import_callable(CAMERAS[kind], "camera driver")(role, rest, spec))
+    if key == "disturbed_switch":
+        return SwitchedCamera(inner, Switch(str(how)))
+    return DisturbedCamera(inner, float(how))
 
 
 def create_arm(options: Mapping[str, object], spec: PolicySpec) -> DisturbedArm:
@@ -111,4 +187,4 @@ def _unwrapped(options: Mapping[str, object], key: str) -> tuple[str, Any, dict[
     try:
         return str(options["disturbed_kind"]), options[key], rest
     except KeyError as e:
-        raise SpecError(f"a disturbed device needs {e}; it is made by profile --disturb") from e
+        raise SpecError(f"a disturbed device needs {e}; see gwp_edge.drivers.disturbed") from e

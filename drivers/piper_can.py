@@ -39,7 +39,7 @@ StampedFrame = tuple[int, bytes, int]
 # struct can_frame: identifier with flags, length, 3 bytes of padding, 8 bytes of data.
 CAN_FRAME = Struct("=IB3x8s")
 CAN_FILTER = Struct("=II")
-# A frame on the Unix socket: struct can_frame and the time at which the arm sent it.
+# A frame on the Unix socket: struct can_frame and the monotonic time at which it was sent.
 UNIX_FRAME = Struct("=IB3x8sq")
 
 CAN_SFF_MASK = 0x7FF
@@ -273,7 +273,8 @@ class UnixCan:
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""
-        self._packets.send([UNIX_FRAME.pack(can_id, 8, data, 0) for can_id, data in frames])
+        t_ns = time.monotonic_ns()
+        self._packets.send([UNIX_FRAME.pack(can_id, 8, data, t_ns) for can_id, data in frames])
 
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""

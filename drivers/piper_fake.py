@@ -112,8 +112,8 @@ class FakePiper:
 
     # --- commands -------------------------------------------------------------------------
 
-    def hear(self, can_id: int, data: bytes) -> None:
-        """Take one frame from the bus."""
+    def hear(self, can_id: int, data: bytes, t_sent_ns: int = 0) -> None:
+        """Take one frame from the bus; ``t_sent_ns`` is for those who judge the sender."""
         if self.faults.silent or can_id & CAN_ERR_FLAG or len(data) != 8:
             return
         self.heard[can_id] = self.heard.get(can_id, 0) + 1

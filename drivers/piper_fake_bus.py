@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
+from typing import Any
 
 from gwp_edge.drivers.piper_can import UNIX_FRAME, CanBusyError, StampedFrame
 from gwp_edge.drivers.piper_codec import Frame
@@ -180,8 +181,7 @@ class FakeServer:
             time.sleep(_TICK_S)
             self._accept()
             if not self.deaf:
-                for client in list(self._clients):
-                    self._read(client)
+                self._listen()
             for can_id, data, t_ns in self._fake.step(time.monotonic_ns()):
                 self._broadcast(UNIX_FRAME.pack(can_id, len(data), data, t_ns), None)
 
@@ -192,18 +192,24 @@ class FakeServer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             self._clients.append(client)
 
-    def _read(self, client: socket.socket) -> None:
-        try:
-            while packet := client.recv(UNIX_FRAME.size):
-                can_id, length, data, _ = UNIX_FRAME.unpack(packet)
-                self._fake.hear(can_id, data[:length])
-                t_ns = time.monotonic_ns()
-                self._broadcast(UNIX_FRAME.pack(can_id, length, data, t_ns), client)
-        except BlockingIOError:
-            return
-        except OSError:
-            logger.debug("a program left the bus %s in a hurry", self._path)
-        self._drop(client)
+    def _listen(self) -> None:
+        """Take what everyone has sent, in the order of time as on a wire."""
+        heard: list[tuple[int, int, bytes, socket.socket]] = []
+        for client in list(self._clients):
+            try:
+                while packet := client.recv(UNIX_FRAME.size):
+                    can_id, length, data, t_sent_ns = UNIX_FRAME.unpack(packet)
+                    heard.append((t_sent_ns, can_id, data[:length], client))
+            except BlockingIOError:
+                continue
+            except OSError:
+                logger.debug("a program left the bus %s in a hurry", self._path)
+            self._drop(client)
+        heard.sort(key=lambda frame: frame[0])
+        for t_sent_ns, can_id, data, client in heard:
+            self._fake.hear(can_id, data, t_sent_ns)
+            packet = UNIX_FRAME.pack(can_id, len(data), data, time.monotonic_ns())
+            self._broadcast(packet, client)
 
     def _broadcast(self, packet: bytes, sender: socket.socket | None) -> None:
         for client in list(self._clients):
@@ -249,6 +255,9 @@ def _serve(path: str, control: Connection, fake: FakePiper) -> None:
                 server.deaf = value
             elif verb == "call":
                 getattr(fake, value[0])(*value[1:])
+            elif verb == "ask":
+                control.send(getattr(fake, value[0])(*value[1:]))
+                continue
             control.send(
                 (list(fake.joint_mdeg), list(fake.target_mdeg), dict(fake.heard), fake.mode)
             )
@@ -272,9 +281,21 @@ class FakeProcess:
         )
         self._process.start()
         theirs.close()
-        if not self._control.poll(30.0) or self._control.recv() != "ready":
+        if not self._is_ready():
             self._process.kill()
+            self._process.join()
             raise DeviceTimeoutError(f"the fake arm at {path} did not start within 30 s")
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._control.poll(30.0) and self._control.recv() == "ready"
+        except EOFError:  # it died; its own words are on stderr
+            return False
+
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid or 0
 
     def __enter__(self) -> FakeProcess:
         return self
@@ -305,6 +326,11 @@ class FakeProcess:
     def call(self, method: str, *arguments: object) -> None:
         """Call a method of its ``FakePiper``, such as ``press_teach``."""
         self._talk("call", (method, *arguments))
+
+    def ask(self, method: str, *arguments: object) -> Any:  # noqa: ANN401 - whatever it returns
+        """Return what a method of its ``FakePiper`` answers; it must be picklable."""
+        self._control.send(("ask", (method, *arguments)))
+        return self._control.recv()
 
     def look(self) -> tuple[list[float], list[float], dict[int, int], int]:
         """Return its true joints and targets (0.001 degree), counts of heard frames, and mode."""

@@ -27,6 +27,8 @@ _STANDING_TICKS = 3
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
+# Some ticks may be late without a sign of it in the motion; the guardian waits for 50 ms.
+_PAUSE_NS = 35_000_000
 
 
 class MotorLoop:
@@ -82,6 +84,7 @@ class MotorLoop:
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
         self._send_ns = 0
+        self._t_tick_ns: int | None = None
 
     def begin(self, state: ArmState) -> None:
         """Hold the measured pose from now on.
@@ -111,6 +114,10 @@ class MotorLoop:
             # Two hands on one arm are worse than one late one: the guardian keeps it.
             self._fault("the guardian holds the arm: the motor loop had stopped for too long")
             return False
+        if self._t_tick_ns is not None and now_ns - self._t_tick_ns > _PAUSE_NS:
+            # The arm has come to its last target and stopped; going on at speed would jerk it.
+            self._limiter.rest()
+        self._t_tick_ns = now_ns
         self._read_state(now_ns)
         self._take_chunk(now_ns)
         self._follow_request(now_ns)

@@ -198,6 +198,11 @@ class Limiter:
         bad = np.argwhere(~((rows >= low) & (rows <= high)))
         return None if len(bad) == 0 else self._reason_to_reject(rows[bad[0][0]].tolist())
 
+    def rest(self) -> None:
+        """Take it that the arm has stopped at the last command, after a pause of the loop."""
+        for j in self._joints:
+            j.v = 0.0
+
     def retarget(self) -> None:
         """Forget the last target: the next one continues from the command, not from it."""
         for j in self._joints:

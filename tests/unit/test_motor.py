@@ -291,6 +291,19 @@ def test_gripper_that_is_stopped_by_an_object_goes_on(rig):
     assert rig.loop.mode is Mode.RUN
 
 
+def test_loop_that_paused_begins_from_rest(rig):
+    rig.run(speed=1.0)
+    before = rig.arm.sent[-1]
+    moved = np.abs(before - rig.arm.sent[-2]).max()
+    assert moved > 0.5 * 0.005
+    rig.clock.advance(60_000_000)
+    rig.plan(1.0)
+    rig.ticks(1)
+    assert np.abs(rig.arm.sent[-1] - before).max() <= ACCELERATION * 0.005**2 + 1e-12
+    rig.ticks(60, every=10, speed=1.0)
+    assert np.abs(rig.arm.sent[-1] - rig.arm.sent[-2]).max() > 0.5 * 0.005
+
+
 def test_caution_holds_once_and_a_person_may_go_on(rig):
     rig.run()
     rig.arm.caution = "a target is over the arm's own angle limit"

@@ -1,0 +1,85 @@
+"""The soak in small: some seconds with the faults that matter most, and what it judges by."""
+
+import os
+
+import pytest
+
+from gwp_edge.bench_soak import soak
+from gwp_edge.errors import SpecError
+from gwp_edge.soak_faults import FAULTS
+from gwp_edge.soak_memory import MemoryWatch, private_kb
+
+SHORT = ("NaN plans", "motor process killed")
+
+
+def test_soak_holds_and_resumes_after_every_fault_and_commands_nothing_unsafe():
+    report = soak(
+        duration_s=12.0,
+        seed=1,
+        gap_s=(0.2, 0.4),
+        kinds=tuple(kind for kind in FAULTS if kind.name in SHORT),
+        realtime=False,
+        patience_s=60.0,
+    )
+    assert report.n_unsafe == 0, report.unsafe
+    assert report.problems == ()
+    assert report.n_commands > 100
+    told = report.to_dict()
+    assert told["passed"]
+    assert [kind["name"] for kind in told["faults"]] == list(SHORT)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"duration_s": 1.0}, {"duration_s": float("nan")}, {"gap_s": (2.0, 1.0)}]
+)
+def test_numbers_out_of_range_are_refused(bad):
+    with pytest.raises(SpecError, match="soak: expected"):
+        soak(**bad)
+
+
+def test_fault_kinds_are_told_apart_and_say_what_they_expect():
+    assert len({kind.name for kind in FAULTS}) == len(FAULTS)
+    for kind in FAULTS:
+        assert bool(kind.outcomes) == (kind.after == "end"), kind.name
+        assert bool(kind.reason) == (kind.after in ("resumes", "operator")), kind.name
+        if kind.reason:
+            assert kind.reason.ends_by_itself == (kind.after == "resumes"), kind.name
+
+
+def grow(watch, role, life, *, begin_s, n, kb_per_s, level_kb=1000.0):
+    for i in range(n):
+        t_s = begin_s + 2.0 * i
+        warming = 5000.0 * min(1.0, (t_s - begin_s) / 10.0)
+        watch.add(role, life, t_s, level_kb + warming + kb_per_s * (t_s - begin_s))
+
+
+def test_memory_slope_is_common_to_lives_of_different_levels():
+    watch = MemoryWatch()
+    for life in range(3):
+        level_kb = 1e4 * (life + 1)
+        grow(watch, "motor", life, begin_s=500.0 * life, n=60, kb_per_s=2.0, level_kb=level_kb)
+    (growth,) = watch.growth()
+    assert growth.slope_mb_per_10min == pytest.approx(2.0 * 600 / 1024, rel=1e-6)
+    assert growth.n_lives == 3
+    assert growth.peak_mb == pytest.approx((3e4 + 5000.0 + 2.0 * 118.0) / 1024.0)
+
+
+def test_memory_of_short_lives_is_not_judged():
+    watch = MemoryWatch()
+    grow(watch, "policy", 1, begin_s=0.0, n=20, kb_per_s=100.0)
+    (growth,) = watch.growth()
+    assert growth.slope_mb_per_10min is None
+
+
+def test_memory_of_this_process_is_seen_and_of_a_dead_one_is_none():
+    assert private_kb(os.getpid()) > 1000.0
+    assert private_kb(2**22 + 1) is None
+
+
+def test_memory_is_sampled_at_intervals():
+    watch = MemoryWatch(warm_up_s=0.0, life_s=1.0)
+    for t_s in (0.0, 0.5, 2.0, 4.5, 7.0):
+        watch.sample(t_s, {"me": os.getpid(), "not started": 0})
+    (growth,) = watch.growth()
+    assert growth.role == "me"
+    assert growth.observed_s == pytest.approx(7.0)
