@@ -29,7 +29,7 @@ from gwp_edge.export.graphs import Graph, denoise_graph, prefill_graph, vision_g
 from gwp_edge.export.layout import find_layout
 from gwp_edge.export.precision import Format, Recipe, cache_format, make_recipe
 from gwp_edge.export.sizes import NetworkSizes
-from gwp_edge.export.synthetic import SIZES, Vae, _vae_config, _vae_shapes
+from gwp_edge.export.synthetic import SIZES, Vae, vae_config, vae_shapes
 from gwp_edge.export.vision_encoder import VaeConfig
 from gwp_edge.export.weight_bank import WeightBank
 from gwp_edge.sampler import make_schedule
@@ -102,13 +102,13 @@ def record(
     spec = _spec(SIZES[size], n_steps)
     # As the synthetic checkpoints of these sizes have it.
     kind: Vae = "small" if size.endswith("-tiny") else "full"
-    config = _vae_config(kind, SIZES[size].latent_channels, 0)
-    vae_config = VaeConfig.from_json({"_class_name": "AutoencoderKLWan", **config})
+    config = vae_config(kind, SIZES[size].latent_channels, 0)
+    vision = VaeConfig.from_json({"_class_name": "AutoencoderKLWan", **config})
     weights = _Shapes(shapes=expected_tensors(SIZES[size]))
-    vae = _Shapes(shapes=_vae_shapes(config))
+    vae = _Shapes(shapes=vae_shapes(config))
     bank = WeightBank()
     graphs = (
-        vision_graph(vae, vae_config, spec, recipe, bank, "native"),
+        vision_graph(vae, vision, spec, recipe, bank, "native"),
         prefill_graph(weights, spec, recipe, bank, "native"),
         denoise_graph(weights, spec, recipe, bank, "native"),
     )

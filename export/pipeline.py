@@ -62,6 +62,8 @@ from gwp_edge.export.prompt_cache import needed_rows, prompt_cache
 from gwp_edge.export.prompts import encode_prompt, pad_rows, read_prompt_embedding, task_name
 from gwp_edge.export.reference import ChunkInput, ChunkOutput, Reference, golden_input
 from gwp_edge.export.sizes import network_sizes
+from gwp_edge.export.targets import check_target_precision, find_target, rest_format
+from gwp_edge.export.trt_lint import require_clean
 from gwp_edge.export.vision_encoder import VaeConfig
 from gwp_edge.export.weight_bank import WeightBank
 from gwp_edge.policy import BundlePolicy
@@ -121,7 +123,7 @@ class ExportOptions:
     percentile: float = 99.9
     smoothing: bool = True
     recipe_file: Path | None = None
-    rest: Format = "fp32"
+    rest: Format | None = None  # None: what suits the target
     block: int = 32
     max_error_rad: float | None = 2e-3
     max_error_m: float | None = 2e-4
@@ -208,6 +210,7 @@ def export_bundle(options: ExportOptions, progress: Progress = _silent) -> Expor
     """
     t_start = time.monotonic()
     check_target(options.out)
+    check_target_precision(options.target, options.precision)
     with ExitStack() as stack:
         inputs = _read_inputs(options, stack, progress)
         if options.precision in QUANTIZED_FORMATS:
@@ -248,7 +251,7 @@ def _quantized(options: ExportOptions, inputs: _Inputs, progress: Progress) -> _
                 smoothing=options.smoothing,
                 device=options.device or default_device(),
             ),
-            rest=options.rest,
+            rest=options.rest or rest_format(options.target),
             block=options.block,
             allow_synthetic=options.allow_synthetic,
             go_on=options.go_on,
@@ -368,6 +371,9 @@ def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundl
         files = _hash_files(work, {WEIGHTS_FILE: weights_hash}, progress)
         manifest = _manifest(inputs, graphs, prompts, golden, error, files, sources)
         _save_manifest(manifest, work)
+        release = find_target(options.target).release
+        if release is not None:
+            require_clean(Bundle(work, manifest), (release,))
         if _wants_engine(options, bank):
             progress("check on ONNX Runtime", 0, 1)
             manifest = _checked(manifest, work, inputs)

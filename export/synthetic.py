@@ -142,7 +142,7 @@ def checkpoint_bytes(sizes: NetworkSizes, *, dtype: Dtype, vae: Vae | None) -> i
     n_bytes = _ELEMENT_BYTES[dtype] * sum(map(math.prod, expected_tensors(sizes).values()))
     if vae is not None:
         n_bytes += 4 * sum(
-            map(math.prod, _vae_shapes(_vae_config(vae, sizes.latent_channels, 0)).values())
+            map(math.prod, vae_shapes(vae_config(vae, sizes.latent_channels, 0)).values())
         )
     return n_bytes
 
@@ -235,12 +235,12 @@ def _write_vae(
     folder: Path, kind: Vae, latent_channels: int, seed: int, progress: Progress
 ) -> None:
     folder.mkdir(parents=True)
-    config = _vae_config(kind, latent_channels, seed)
+    config = vae_config(kind, latent_channels, seed)
     _write_json(folder / "config.json", {"_class_name": "AutoencoderKLWan", **config})
-    _write_weights(folder, _vae_shapes(config), "float32", seed, None, progress)
+    _write_weights(folder, vae_shapes(config), "float32", seed, None, progress)
 
 
-def _vae_config(kind: Vae, latent_channels: int, seed: int) -> dict[str, Any]:
+def vae_config(kind: Vae, latent_channels: int, seed: int) -> dict[str, Any]:
     """Return the arguments of the Wan2.2 VAE; ``small`` differs in its widths alone."""
     generator = np.random.default_rng([seed, 1])
     return {
@@ -263,7 +263,8 @@ def _vae_config(kind: Vae, latent_channels: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _vae_shapes(config: dict[str, Any]) -> dict[str, Shape]:
+def vae_shapes(config: dict[str, Any]) -> dict[str, Shape]:
+    """Return the shape of every tensor of a VAE with these arguments, by name."""
     import torch
     from diffusers import AutoencoderKLWan
 

@@ -1,35 +1,93 @@
-"""Which precisions a target can compute, said before an hour of calibration."""
+"""What a target can compute and read, said before an hour of calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gwp_edge.errors import SpecError
-from gwp_edge.export.precision import PRECISIONS, Format
+from gwp_edge.export.precision import PRECISIONS, QUANTIZED_FORMATS, Format
 
-_WITHOUT_FP8 = tuple(p for p in PRECISIONS if p != "fp8")
-# Compute capability 8.7 (Orin) is Ampere; FP8 units came with 8.9 (Ada) and 9.0 (Hopper).
-TARGETS: Mapping[str, tuple[Format, ...]] = {
-    "cpu": PRECISIONS,
-    "orin": _WITHOUT_FP8,
-    "ampere": _WITHOUT_FP8,
-    "ada": PRECISIONS,
-    "hopper": PRECISIONS,
-    "thor": PRECISIONS,
-    "blackwell": PRECISIONS,
+# TensorRT quantizes weights alone for int4 and no other type ("Working with Quantized Types",
+# 10.11): it folds the dequantization of int8 weights into float ones when it builds.
+_NO_W8 = "TensorRT keeps weights alone quantized in int4 only and expands int8 ones"
+_NO_FP8 = "its tensor cores have no fp8 (SM89 and newer have)"
+_NO_W4 = "JetPack 6 has TensorRT 10.3, whose parser ends before blocked int4 (ONNX opset 21)"
+# Asked for by name, but no graph of ours carries it.
+_NVFP4 = (
+    "is not written: its two-level block scales have no ONNX operator, only TensorRT's own; use "
+    "--precision fp8 (thor, blackwell) or w4"
+)
+_NOT_WRITTEN: Mapping[str, str] = {
+    "nvfp4": _NVFP4,
+    "fp4": _NVFP4,
+    "int4": "with quantized inputs is not written; use --precision w4 (weights only) or int8",
 }
 
 
-def check_target_precision(target: str, precision: str) -> None:
-    """Refuse a precision that the target has no units for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a family of devices can do.
+
+    Attributes:
+        without: precisions that it cannot have, and why.
+        release: TensorRT that its graphs must be readable for; None where none will read them.
+        rest: what a quantized recipe leaves unquantized computes in. A strongly typed network
+            computes in the types of its graph, so float32 would run without tensor cores.
+    """
+
+    without: Mapping[Format, str] = field(default_factory=dict)
+    release: str | None = "10.13"
+    rest: Format = "fp16"
+
+
+# Compute capability 8.7 (Orin) is Ampere; FP8 units came with 8.9 (Ada) and 9.0 (Hopper).
+TARGETS: Mapping[str, Target] = {
+    "cpu": Target(release=None, rest="fp32"),
+    "orin": Target(without={"fp8": _NO_FP8, "w8": _NO_W8, "w4": _NO_W4}, release="10.3"),
+    "ampere": Target(without={"fp8": _NO_FP8, "w8": _NO_W8}),
+    "ada": Target(without={"w8": _NO_W8}),
+    "hopper": Target(without={"w8": _NO_W8}),
+    "thor": Target(without={"w8": _NO_W8}),
+    "blackwell": Target(without={"w8": _NO_W8}),
+}
+
+
+def find_target(name: str) -> Target:
+    """Return a target.
 
     Raises:
-        SpecError: an unknown target, or a precision it cannot compute; says which it can.
+        SpecError: no target has that name.
     """
-    if target not in TARGETS:
-        raise SpecError(f"--target {target} is not known; choose from {', '.join(TARGETS)}")
-    if precision not in TARGETS[target]:
+    if name not in TARGETS:
+        raise SpecError(f"--target {name} is not known; choose from {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def check_target_precision(target: str, precision: str) -> None:
+    """Refuse a precision that the target cannot have.
+
+    Raises:
+        SpecError: an unknown target or precision, or one that does not fit the other; says which
+            would.
+    """
+    found = find_target(target)
+    if precision in _NOT_WRITTEN:
+        raise SpecError(f"--precision {precision} {_NOT_WRITTEN[precision]}")
+    known = next((p for p in PRECISIONS if p == precision), None)
+    if known is None:
         raise SpecError(
-            f"--target {target}: has no {precision.upper()} units; use --precision int8, which it "
-            "has"
+            f"--precision {precision} is not known; choose from {', '.join(PRECISIONS)}"
         )
+    why = found.without.get(known)
+    if why is not None:
+        others = [p for p in QUANTIZED_FORMATS if p not in found.without]
+        raise SpecError(
+            f"--target {target}: not --precision {precision}: {why}; use --precision "
+            f"{' or '.join(others)}"
+        )
+
+
+def rest_format(target: str) -> Format:
+    """Return what a quantized recipe leaves unquantized computes in, where nobody says."""
+    return find_target(target).rest

@@ -80,9 +80,9 @@ def export(
         bool, typer.Option("--smoothing/--no-smoothing", help="Fold activation outliers away.")
     ] = True,
     rest: Annotated[
-        str,
-        typer.Option("--rest", help="What is not quantized: fp32, or fp16 or bf16 for a GPU."),
-    ] = "fp32",
+        str | None,
+        typer.Option("--rest", help="What is not quantized: fp32 (cpu), fp16 (GPUs) or bf16."),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", help="JSON or TOML: the format of layers by pattern."),
@@ -161,7 +161,7 @@ def export(
         observer=observer,
         smoothing=smoothing,
         recipe_file=recipe,
-        rest=_choice("--rest", rest, _RESTS),
+        rest=None if rest is None else _choice("--rest", rest, _RESTS),
         max_error_rad=None if no_budget else max_error,
         max_error_m=None if no_budget else max_gripper_error,
         allow_synthetic=allow_synthetic,

@@ -19,7 +19,7 @@ from gwp_edge.export.precision import (
     scale_key,
 )
 from gwp_edge.export.recipe_file import read_recipe
-from gwp_edge.export.targets import TARGETS, check_target_precision
+from gwp_edge.export.targets import TARGETS, check_target_precision, rest_format
 
 pytestmark = pytest.mark.export
 
@@ -121,6 +121,31 @@ def test_orin_refuses_fp8_and_says_int8():
         check_target_precision(target, "fp8")
     for target in TARGETS:
         check_target_precision(target, "int8")
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "cpu"])
+def test_gpu_targets_refuse_weights_only_int8_and_say_what_they_have(target):
+    with pytest.raises(SpecError, match=r"not --precision w8.*expands.*--precision int8"):
+        check_target_precision(target, "w8")
+
+
+def test_orin_refuses_blocked_int4_that_its_parser_cannot_read():
+    with pytest.raises(SpecError, match=r"TensorRT 10\.3.*use --precision int8$"):
+        check_target_precision("orin", "w4")
+    check_target_precision("thor", "w4")
+
+
+@pytest.mark.parametrize(
+    ("precision", "instead"), [("nvfp4", "fp8"), ("fp4", "fp8"), ("int4", "w4"), ("int3", "int8")]
+)
+def test_precision_that_no_graph_carries_names_what_to_export(precision, instead):
+    with pytest.raises(SpecError, match=rf"--precision {precision} .*{instead}"):
+        check_target_precision("thor", precision)
+
+
+def test_rest_of_a_quantized_recipe_is_16_bits_on_gpus_alone():
+    assert rest_format("cpu") == "fp32"
+    assert {rest_format(target) for target in TARGETS if target != "cpu"} == {"fp16"}
 
 
 def test_unknown_target_lists_the_known_ones():
