@@ -24,23 +24,31 @@ from gwp_edge.drivers.piper_feedback import ERR_NO_ACK, ERR_PROTOCOL
 from gwp_edge.operator_input import Key
 from gwp_edge.status import HoldReason
 from gwp_edge.testing import ScriptedPolicy, make_spec
-from gwp_edge.types import Chunk, Observation
+from gwp_edge.types import Chunk, FloatArray, Observation
 
 N_ARMS: Final = 2
 _POLICY_BYTE: Final = 1
 _GOOD, _NAN, _HANG, _RAISE, _EXIT, _FAR, _NAN_ONCE = range(7)
 _AMPLITUDE: Final = 0.35
 _SWING_S: Final = 4.0
+_NEAR_RAD, _LOST_RAD = 0.03, 0.25
 
 
 class SoakPolicy(ScriptedPolicy):
-    """Swings every joint about one pose, and misbehaves as its switch says. Threads: one owner."""
+    """Swings every joint about one pose, and misbehaves as its switch says.
+
+    Where the arm is elsewhere it asks for that pose first, as a policy plans from what it sees.
+    Threads: one owner.
+    """
 
     def __init__(self, switch: str) -> None:
         super().__init__(make_spec(N_ARMS), latency_s=0.02)
         self._switch = Switch(switch)
         low, high = self.spec.statistics.state_q01, self.spec.statistics.state_q99
         self._middle = (np.array(low) + np.array(high)) / 2.0
+        is_rad = np.array([c.unit == "rad" for c in self.spec.channels])
+        self._swing = np.where(is_rad, _AMPLITUDE, 0.0)
+        self._t_begin_ns: int | None = None
 
     def predict(self, observation: Observation, **_: object) -> Chunk:
         """Return the next plan, if the switch allows."""
@@ -54,11 +62,7 @@ class SoakPolicy(ScriptedPolicy):
             os._exit(3)
         if how == _NAN_ONCE:
             self._switch[_POLICY_BYTE] = _GOOD
-        t_s = (chunk.t_observed_ns + chunk.period_ns * np.arange(len(chunk.actions))) / 1e9
-        phase = np.arange(len(self._middle)) * 0.7
-        swing = np.sin(2 * np.pi * t_s[:, None] / _SWING_S + phase)
-        scale = np.array([_AMPLITUDE if c.unit == "rad" else 0.02 for c in self.spec.channels])
-        actions = self._middle + scale * swing
+        actions = self._plan(observation, chunk)
         if how in (_NAN, _NAN_ONCE):
             actions[-1, 3] = np.nan
         elif how == _FAR:
@@ -69,6 +73,21 @@ class SoakPolicy(ScriptedPolicy):
             period_ns=chunk.period_ns,
             chunk_idx=chunk.chunk_idx,
         )
+
+    def _plan(self, observation: Observation, chunk: Chunk) -> FloatArray:
+        rows_ns = chunk.t_observed_ns + chunk.period_ns * np.arange(len(chunk.actions))
+        pose = self._middle
+        if self._t_begin_ns is not None:
+            since_s = (rows_ns - self._t_begin_ns) / 1e9
+            swing = np.minimum(since_s / _SWING_S, 1.0) * np.sin(2 * np.pi * since_s / _SWING_S)
+            pose = self._middle + swing[:, None] * self._swing
+        away = np.abs(observation.state - np.atleast_2d(pose)[0])[self._swing > 0.0].max()
+        if self._t_begin_ns is None and away < _NEAR_RAD:
+            self._t_begin_ns = chunk.t_observed_ns
+        elif away > _LOST_RAD:
+            self._t_begin_ns = None
+        plan: FloatArray = np.broadcast_to(pose, chunk.actions.shape)
+        return plan.copy()
 
 
 def create_policy(*, switch: str) -> SoakPolicy:
