@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,12 @@ def assign_roles(devices: Sequence[DeviceInfo], given: Mapping[str, str]) -> dic
 
 
 def robot_file(
-    robot: str, devices: Sequence[DeviceInfo], roles: Mapping[str, str], *, guessed: set[str]
+    robot: str,
+    devices: Sequence[DeviceInfo],
+    roles: Mapping[str, str],
+    *,
+    guessed: set[str],
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
     """Return a robot file, TOML, for these cameras.
 
@@ -129,6 +135,7 @@ def robot_file(
         devices: attached.
         roles: serial by role.
         guessed: roles that nobody gave; marked for the reader.
+        pictures: path of the picture by serial, relative to the robot file.
 
     Raises:
         SpecError: another robot.
@@ -141,8 +148,14 @@ def robot_file(
         note = "guessed by serial order: check its picture" if role in guessed else "as given"
         parts.append(
             f"# {names[serial]}; {note}\n[[cameras]]\n"
-            f'role = "{role}"\nkind = "realsense"\n\n[cameras.options]\nserial = "{serial}"\n'
+            f'role = "{role}"\nkind = "realsense"\n{_picture_row(serial, pictures)}'
+            f'\n[cameras.options]\nserial = "{serial}"\n'
             "width_px = 640\nheight_px = 480\nfps = 30\n"
             "# exposure_us = 8000  # left out: automatic\n"
         )
     return "\n".join(parts)
+
+
+def _picture_row(serial: str, pictures: Mapping[str, str] | None) -> str:
+    path = (pictures or {}).get(serial)
+    return "" if path is None else f"picture = {json.dumps(path)}\n"

@@ -13,11 +13,13 @@ from gwp_edge.errors import DeviceError, GwpError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorLoop
 from gwp_edge.motor_options import MotorOptions
+from gwp_edge.preflight import check_arm
 from gwp_edge.protocols import Arm
 from gwp_edge.realtime import make_realtime
 from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word
+from gwp_edge.telemetry import CheckResult
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,7 @@ def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
 def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _Life) -> None:
     words, clock = board.words, MonotonicClock()
     arm.open(enable=False)
+    _say_check(board, check_arm(arm.state()))
     words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
     limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
     park = park_pose(setup.robot, arm.channels)
@@ -116,6 +119,11 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
         raise
     # Nothing moves any more: what was sent last is a pose to hold.
     words[Word.MOTOR_ARMED] = 0
+
+
+def _say_check(board: Board, result: CheckResult) -> None:
+    kind = EventKind.CHECK_PASSED if result.passed else EventKind.CHECK_FAILED
+    board.events["motor"].say(kind, f"{result.name}: {result.detail}")
 
 
 def _await_enable(

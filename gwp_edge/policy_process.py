@@ -24,6 +24,7 @@ from gwp_edge.preflight import (
     check_golden,
     check_latency,
     check_statistics,
+    note_bundle,
 )
 from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Camera, HealthReporter, Policy
@@ -333,7 +334,8 @@ class _Runner:
 
     def _preflight(self) -> bool:
         """Run this process's checks; return False when the end came first."""
-        self._check(check_golden(self._policy))
+        for line in (*note_bundle(self._options.kwargs), check_golden(self._policy)):
+            self._check(line)
         observation = self._await_observation()
         if observation is None:
             return False

@@ -6,6 +6,7 @@ Plain functions on plain values, so that ``gwp-edge doctor`` and tests can call 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,27 @@ from gwp_edge.types import ArmState, Chunk, FloatArray, Observation
 FIRST_ACTION_RAD: Final = 0.5
 FIRST_ACTION_M: Final = 0.1
 FREE_MEMORY_BYTES: Final = 256 * 1024 * 1024
+
+
+def note_bundle(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
+    """Return the lines of a policy that was loaded from a bundle: its files and its engine.
+
+    Loading compares every file with its hash and refuses an engine or provider that is not there,
+    so a policy that is here has passed both.
+
+    Args:
+        loaded_with: arguments of ``policy.load``; of any other factory no line is made.
+    """
+    if "path" not in loaded_with or "engine" not in loaded_with:
+        return ()
+    engine, provider = loaded_with["engine"], loaded_with.get("provider")
+    device = f"{engine} on {provider}" if engine == "ort" and provider else f"{engine}"
+    return (
+        CheckResult(
+            name="bundle", passed=True, detail=f"every file of {loaded_with['path']} has its hash"
+        ),
+        CheckResult(name="engine", passed=True, detail=device),
+    )
 
 
 def check_golden(policy: Policy) -> CheckResult:

@@ -64,9 +64,15 @@ class ArmConfig(DeviceConfig, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class CameraConfig(DeviceConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One camera: ``role`` is the policy's name for it, such as ``cam_high``."""
+    """One camera.
+
+    Attributes:
+        role: the policy's name for it, such as ``cam_high``.
+        picture: what it showed when a person checked who is who; relative to the robot file.
+    """
 
     role: str
+    picture: str | None = None
 
 
 class ChannelLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,11 +168,18 @@ def read_robot_file(path: Path) -> RobotConfig:
     """
     try:
         # Decoded here and not by msgspec.toml, whose import of a TOML library differs by Python.
-        return msgspec.convert(_toml_loads(path.read_text("utf-8")), RobotConfig)
+        robot = msgspec.convert(_toml_loads(path.read_text("utf-8")), RobotConfig)
     except OSError as e:
         raise SpecError(f"robot file {path}: cannot read it: {e.strerror}") from e
     except (msgspec.ValidationError, ValueError) as e:
         raise SpecError(f"robot file {path}: {e}") from e
+    cameras = tuple(
+        camera
+        if camera.picture is None
+        else msgspec.structs.replace(camera, picture=str(path.parent / camera.picture))
+        for camera in robot.cameras
+    )
+    return msgspec.structs.replace(robot, cameras=cameras)
 
 
 def built_in_robot(name: str, spec: PolicySpec) -> RobotConfig:

@@ -18,6 +18,7 @@ from gwp_edge.motor_process import ArmSetup, motor_main
 from gwp_edge.operator_input import Key, SignalInput
 from gwp_edge.policy_process import PolicySetup, policy_main
 from gwp_edge.preflight import check_memory
+from gwp_edge.preflight_machine import check_machine
 from gwp_edge.protocols import World
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
 from gwp_edge.run_report import Findings
@@ -105,7 +106,8 @@ class Supervisor:
         self._words[Word.MOTOR_PID] = motor.pid or 0
         policy_setup = PolicySetup(**common)  # type: ignore[arg-type]
         self._spawn("policy", policy_main, (policy_setup, options.policy), {})
-        self._take_check(check_memory())
+        for result in (check_memory(), *check_machine(options.robot)):
+            self._take_check(result)
 
     def _spawn(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def cameras(
     devices = list_devices()
     if write is not None:
         roles = assign_roles(devices, given)
-        text = robot_file(robot, devices, roles, guessed=set(roles) - set(given))
+        robot_file(robot, devices, roles, guessed=set())  # refuses before anything is opened
 
     def make_camera(serial: str) -> HostedCamera:
         factory = "gwp_edge.drivers.realsense:create_source"
@@ -74,6 +75,13 @@ def cameras(
     for picture in failed:
         remark(f"{picture.serial}: {picture.error}")
     if write is not None and devices:
+        paths = {
+            p.serial: os.path.relpath(p.path, write.parent)
+            for p in pictures.values()
+            if p.path is not None
+        }
+        guessed = set(roles) - set(given)
+        text = robot_file(robot, devices, roles, guessed=guessed, pictures=paths)
         write_file(write, lambda file: file.write(text.encode()))
         say(f"{write}: check every role against its picture, then run --robot {write}")
     if failed or not devices:

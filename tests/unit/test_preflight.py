@@ -90,3 +90,14 @@ def test_golden(monkeypatch):
     monkeypatch.setattr(ScriptedPolicy, "check_golden", differs)
     result = preflight.check_golden(policy)
     assert (result.passed, result.detail) == (False, "off by 0.5 rad")
+
+
+def test_bundle_and_engine_are_named_where_there_are_any():
+    lines = preflight.note_bundle({"path": "policy.gwp", "engine": "ort", "provider": "cuda"})
+    assert [(line.name, line.passed) for line in lines] == [("bundle", True), ("engine", True)]
+    assert "policy.gwp" in lines[0].detail
+    assert lines[1].detail == "ort on cuda"
+    assert preflight.note_bundle({"path": "p", "engine": "trt", "provider": "cpu"})[1].detail == (
+        "trt"
+    )
+    assert preflight.note_bundle({"script": "sine"}) == ()

@@ -136,3 +136,16 @@ def test_missing_sdk_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrealsense2", None)
     with pytest.raises(DeviceError, match=r"gwp-edge\[realsense\]"):
         realsense.list_devices()
+
+
+def test_robot_file_names_the_pictures_relative_to_itself(tmp_path):
+    roles = camera_survey.assign_roles(DEVICES[:1], {})
+    serial = DEVICES[0].serial
+    text = camera_survey.robot_file(
+        "piper", DEVICES[:1], roles, guessed=set(), pictures={serial: 'a "b"/1.png'}
+    )
+    path = tmp_path / "robot.toml"
+    path.write_text(text)
+    (camera,) = read_robot_file(path).cameras
+    assert camera.picture == str(tmp_path / 'a "b"/1.png')
+    assert camera.options["serial"] == serial

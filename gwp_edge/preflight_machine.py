@@ -1,0 +1,119 @@
+"""Preflight lines about what the robot hangs on: buses, camera pictures, clocks and power.
+
+They reuse ``gwp-edge doctor``'s checks. A line exists only where the fact is known here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from gwp_edge.doctor import devices, power
+from gwp_edge.doctor.system import CheckResult as Finding
+from gwp_edge.doctor.system import LocalSystem, System
+from gwp_edge.robots import RobotConfig
+from gwp_edge.telemetry import CheckResult
+
+PICTURE_AGE_MAX_S: Final = 30 * 24 * 3600.0
+_BUS_KEYS: Final = ("can", "left", "right")
+
+
+def check_machine(
+    robot: RobotConfig, *, system: System | None = None, now_s: float | None = None
+) -> tuple[CheckResult, ...]:
+    """Return the lines for ``robot``; none for a simulated one.
+
+    Args:
+        robot: which.
+        system: where facts come from; this machine by default.
+        now_s: present time of the wall clock, as files are stamped with.
+    """
+    if robot.is_simulated:
+        return ()
+    system = LocalSystem() if system is None else system
+    now_s = time.time() if now_s is None else now_s
+    return (*check_buses(robot, system), *check_pictures(robot, now_s), *check_clocks(system))
+
+
+def can_interfaces(robot: RobotConfig) -> tuple[str, ...]:
+    """Return the names of the network interfaces that the robot's PiPER arms hang on."""
+    if robot.arm.kind != "piper":
+        return ()
+    names = [robot.arm.options.get(key) for key in _BUS_KEYS]
+    if not any(names):
+        names = ["can0"]
+    return tuple(n for n in names if isinstance(n, str) and n and ":" not in n)
+
+
+def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
+    """Check controller state, bit rate, queue and error counters of every bus of the robot."""
+    names = can_interfaces(robot)
+    if not names:
+        return ()
+    found = {f.name: f for f in devices.check_can(system)}
+    general = [f for name, f in found.items() if name == "can"]
+    lines = []
+    for name in names:
+        finding = found.get(f"can {name}")
+        if finding is not None:
+            lines.append(_line(finding))
+        elif general:
+            lines.append(_line(general[0], name=f"can {name}"))
+        else:
+            have = ", ".join(n.removeprefix("can ") for n in found)
+            detail = f"there is no such interface; there are {have}"
+            lines.append(CheckResult(name=f"can {name}", passed=False, detail=detail))
+    return tuple(lines)
+
+
+def check_pictures(robot: RobotConfig, now_s: float) -> tuple[CheckResult, ...]:
+    """Check how old the pictures are by which a person told the cameras apart."""
+    named = [camera for camera in robot.cameras if camera.picture is not None]
+    if not named:
+        if not any(camera.kind == "realsense" for camera in robot.cameras):
+            return ()
+        detail = "the robot file names none; gwp-edge cameras --write makes one that does"
+        return (CheckResult(name="camera pictures", passed=True, detail=detail),)
+    parts: list[str] = []
+    problems: list[str] = []
+    for camera in named:
+        path = Path(camera.picture or "")
+        try:
+            age_s = now_s - path.stat().st_mtime
+        except OSError as e:
+            problems.append(f"{camera.role}: {path}: {e.strerror}")
+            continue
+        text = f"{camera.role} {max(0.0, age_s) / 86400.0:.1f} days old"
+        (problems if age_s > PICTURE_AGE_MAX_S else parts).append(text)
+    if problems:
+        detail = (
+            f"{'; '.join(problems)}: look whether each camera is still who it was, and take new "
+            "ones with gwp-edge cameras"
+        )
+        return (CheckResult(name="camera pictures", passed=False, detail=detail),)
+    return (CheckResult(name="camera pictures", passed=True, detail=", ".join(parts)),)
+
+
+def check_clocks(system: System) -> tuple[CheckResult, ...]:
+    """Check power mode, clocks and throttling where the machine tells."""
+    findings: Sequence[Finding] = [
+        *power.check_power_mode(system),
+        *power.check_cpu_clocks(system),
+        *power.check_gpu_clocks(system),
+        *power.check_throttling(system),
+    ]
+    return tuple(_line(f) for f in findings if f.status != "skip")
+
+
+def _line(finding: Finding, *, name: str | None = None) -> CheckResult:
+    """Return a finding as a preflight line: a warning costs margin and passes, but is said."""
+    detail = f"{finding.detail}: {finding.fix}" if finding.fix else finding.detail
+    if finding.status == "warn":
+        detail = f"warning: {detail}"
+    return CheckResult(
+        name=finding.name if name is None else name,
+        passed=finding.status != "fail",
+        detail=detail,
+    )

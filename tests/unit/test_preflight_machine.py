@@ -1,0 +1,122 @@
+"""What the preflight says of buses, camera pictures and clocks, on recorded machines."""
+
+import json
+import os
+
+import pytest
+from test_doctor import CAN_COMMAND, Output, RecordedSystem, can_link
+
+from gwp_edge.preflight_machine import (
+    PICTURE_AGE_MAX_S,
+    can_interfaces,
+    check_buses,
+    check_clocks,
+    check_machine,
+    check_pictures,
+)
+from gwp_edge.robots import built_in_robot, read_robot_file
+from gwp_edge.testing import make_spec
+
+NOW_S = 1_800_000_000.0
+
+
+def machine(*links):
+    output = Output(exit_code=0, stdout=json.dumps(links))
+    return RecordedSystem("orin-nx-jetpack6-maxn", commands={CAN_COMMAND: output})
+
+
+def robot(tmp_path, *, cameras="", arm='can = "can0"'):
+    path = tmp_path / "robot.toml"
+    path.write_text(f'name = "r"\n[arm]\nkind = "piper"\n[arm.options]\n{arm}\n{cameras}')
+    return read_robot_file(path)
+
+
+def camera(role, picture):
+    return f'[[cameras]]\nrole = "{role}"\nkind = "realsense"\npicture = "{picture}"\n'
+
+
+def test_simulated_robot_has_no_such_lines():
+    assert check_machine(built_in_robot("sim", make_spec()), system=machine()) == ()
+
+
+def test_interfaces_are_those_of_the_arms():
+    assert can_interfaces(built_in_robot("piper", make_spec())) == ("can0",)
+    assert can_interfaces(built_in_robot("piper-dual", make_spec(2))) == ("can_left", "can_right")
+    assert can_interfaces(built_in_robot("kinematic", make_spec())) == ()
+
+
+def test_channel_that_is_no_interface_has_no_line(tmp_path):
+    fake = robot(tmp_path, arm='can = "unix:/tmp/arm"')
+    assert can_interfaces(fake) == ()
+    assert check_buses(fake, machine()) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed", "words"),
+    [
+        ({}, True, "up, 1000000 bit/s"),
+        ({"state": "BUS-OFF"}, False, "BUS-OFF"),
+        ({"berr_counter": {"tx": 0, "rx": 135}}, True, "warning: since start: rx errors 135"),
+    ],
+)
+def test_bus_of_the_robot_is_judged_with_its_counters(tmp_path, changes, passed, words):
+    links = (can_link(ifname="can0", **changes), can_link(ifname="other", state="BUS-OFF"))
+    (line,) = check_buses(robot(tmp_path), machine(*links))
+    assert (line.name, line.passed) == ("can can0", passed)
+    assert words in line.detail
+
+
+def test_bus_that_is_not_there_fails_and_lists_what_is(tmp_path):
+    (line,) = check_buses(robot(tmp_path), machine(can_link(ifname="can7")))
+    assert not line.passed
+    assert "can7" in line.detail
+
+
+def test_machine_without_the_tool_to_look_says_so(tmp_path):
+    system = RecordedSystem("x86-debian12", commands={CAN_COMMAND: None})
+    (line,) = check_buses(robot(tmp_path), system)
+    assert line.passed
+    assert "iproute2" in line.detail
+
+
+def test_pictures_are_told_by_age(tmp_path):
+    config = robot(tmp_path, cameras=camera("cam_high", "pictures/1.png"))
+    (tmp_path / "pictures").mkdir()
+    picture = tmp_path / "pictures" / "1.png"
+    (line,) = check_pictures(config, NOW_S)
+    assert not line.passed
+    assert "No such file" in line.detail
+    picture.write_bytes(b"")
+    os.utime(picture, (NOW_S - 86400.0, NOW_S - 86400.0))
+    (line,) = check_pictures(config, NOW_S)
+    assert (line.passed, line.detail) == (True, "cam_high 1.0 days old")
+    os.utime(picture, (NOW_S, NOW_S - PICTURE_AGE_MAX_S - 1.0))
+    (line,) = check_pictures(config, NOW_S)
+    assert not line.passed
+    assert "gwp-edge cameras" in line.detail
+
+
+def test_cameras_without_pictures_are_advised_and_others_are_not(tmp_path):
+    (line,) = check_pictures(built_in_robot("piper", make_spec()), NOW_S)
+    assert line.passed
+    assert "gwp-edge cameras --write" in line.detail
+    assert check_pictures(robot(tmp_path), NOW_S) == ()
+
+
+def test_clocks_are_told_where_they_are_known():
+    slow = {line.name: line for line in check_clocks(RecordedSystem("agx-orin-jetpack6-30w"))}
+    assert slow["power mode"].passed
+    assert slow["power mode"].detail.startswith("warning: ")
+    assert all("warning" in line.detail or line.passed for line in slow.values())
+    assert "power mode" not in {line.name for line in check_clocks(RecordedSystem("x86-debian12"))}
+
+
+def test_lines_of_a_real_robot_come_together(tmp_path):
+    lines = check_machine(
+        robot(tmp_path, cameras=camera("cam_high", "none.png")),
+        system=machine(can_link(ifname="can0")),
+        now_s=NOW_S,
+    )
+    names = [line.name for line in lines]
+    assert names[:2] == ["can can0", "camera pictures"]
+    assert "power mode" in names
