@@ -78,6 +78,10 @@ def _build(bundle: Path, level: int, workspace: int, *, tf32: bool, as_json: boo
     for line in result.record.proof:
         say(f"proof        {line}")
     say(f"golden       off by {result.record.golden_error:.2g} rad or m")
+    for timing in result.record.timing:
+        say(f"time         {timing}")
+        if timing.is_suspect:
+            remark(f"suspect: {timing.stage} is {timing.verdict}; see docs/jetson.md")
 
 
 def _list(bundle: Path, *, as_json: bool) -> None:

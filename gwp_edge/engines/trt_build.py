@@ -36,6 +36,7 @@ from gwp_edge.engines.trt_device import (
 from gwp_edge.engines.trt_gates import check_capability, check_tensorrt
 from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
 from gwp_edge.engines.trt_proof import Proof, parse_inspector, prove, require_proof, summarize
+from gwp_edge.engines.trt_timing import judge_build
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.planning.memory import WORKSPACE_BYTES, check_free, memory_plan
 
@@ -153,7 +154,7 @@ def build_engines(
         # Imported late: running needs building's options.
         from gwp_edge.engines.trt_golden import golden_gate
 
-        error = golden_gate(bundle, work, options)
+        golden = golden_gate(bundle, work, options)
         tell("golden gate", 1, 1)
         record = EngineRecord(
             schema=SCHEMA,
@@ -163,7 +164,8 @@ def build_engines(
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             files=files,
             proof=summarize(proofs),
-            golden_error=error,
+            golden_error=golden.error,
+            timing=judge_build(bundle.manifest, facts, golden.times_ns, tf32=options.tf32),
         )
         write_record(work, record)
     return BuildResult(

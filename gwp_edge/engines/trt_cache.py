@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from gwp_edge.bundle import STAGES, Bundle, Stage, hash_file
+from gwp_edge.engines.trt_timing import StageTiming
 from gwp_edge.errors import BuildError, PerformanceIssue, SpecError
 
 SCHEMA: Final = "gwp-edge.engines"
@@ -105,6 +106,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         files: by stage.
         proof: lines of the precision report.
         golden_error: largest distance from the golden actions, rad and m.
+        timing: measured stage times against the planner's.
     """
 
     schema: str
@@ -115,6 +117,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     files: dict[Stage, EngineFile]
     proof: tuple[str, ...]
     golden_error: float | None
+    timing: tuple[StageTiming, ...] = ()
 
 
 def make_key(

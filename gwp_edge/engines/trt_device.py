@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gwp_edge.errors import DeviceError, GwpError, PerformanceIssue
-from gwp_edge.planning.memory import available_bytes
+from gwp_edge.planning.memory import available_bytes, total_bytes
 
 if TYPE_CHECKING:
     import pycuda.driver as drv
@@ -30,12 +30,14 @@ class DeviceFacts:
         capability: compute capability, such as (8, 7).
         integrated: it shares the processor's memory, as every Jetson's does.
         tensorrt: version of the library.
+        memory_bytes: all of it: the machine's where integrated, else the GPU's.
     """
 
     name: str
     capability: tuple[int, int]
     integrated: bool
     tensorrt: str
+    memory_bytes: int
 
     @property
     def capability_text(self) -> str:
@@ -143,11 +145,14 @@ class PrimaryContext:
         with cuda_errors("asking for the device"):
             capability = self.device.compute_capability()
             attribute = pycuda.driver.device_attribute.INTEGRATED
+            integrated = bool(self.device.get_attribute(attribute))
+            on_board = int(pycuda.driver.mem_get_info()[1])
             return DeviceFacts(
                 name=self.device.name(),
                 capability=(int(capability[0]), int(capability[1])),
-                integrated=bool(self.device.get_attribute(attribute)),
+                integrated=integrated,
                 tensorrt=str(tensorrt.__version__),
+                memory_bytes=total_bytes() if integrated else on_board,
             )
 
     def free_bytes(self, facts: DeviceFacts) -> int:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _GB = 1_000_000_000
 _TABLE = "devices.toml"
+# What a system reports of its nominal memory: less what firmware keeps, more where GB means GiB.
+_MEMORY_SHARE = (0.8, 1.1)
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +127,30 @@ def find_device(name: str) -> Device:
     if device is None:
         raise SpecError(f"--device {name} is not known; choose from {', '.join(_table())}")
     return device
+
+
+def matching_devices(
+    gpu: str, compute_capability: str, *, integrated: bool, memory_bytes: int
+) -> tuple[Device, ...]:
+    """Return the entries that a GPU at hand may be; none where the table does not know it.
+
+    Modules of one family give the same GPU name, so memory tells them apart, and some (Orin Nano
+    with and without Super mode) nothing does. Discrete cards differ by their names alone.
+
+    Args:
+        gpu: name that CUDA gives.
+        compute_capability: such as ``8.7``.
+        integrated: it shares the processor's memory.
+        memory_bytes: of the machine where integrated, else of the GPU.
+    """
+    return tuple(
+        device
+        for device in _table().values()
+        if device.compute_capability == compute_capability
+        and device.integrated == integrated
+        and (integrated or gpu.endswith(device.name))
+        and _MEMORY_SHARE[0] < memory_bytes / (device.memory_gb * _GB) < _MEMORY_SHARE[1]
+    )
 
 
 def this_processor(limits: Limits, memory_bytes: int) -> Device:

@@ -142,6 +142,19 @@ def available_bytes(meminfo: str | None = None) -> int:
     Raises:
         DeviceError: the system does not say.
     """
+    return _meminfo_bytes("MemAvailable", meminfo)
+
+
+def total_bytes(meminfo: str | None = None) -> int:
+    """Return the memory of the machine, from /proc/meminfo.
+
+    Raises:
+        DeviceError: the system does not say.
+    """
+    return _meminfo_bytes("MemTotal", meminfo)
+
+
+def _meminfo_bytes(wanted: str, meminfo: str | None) -> int:
     if meminfo is None:
         try:
             meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -149,6 +162,6 @@ def available_bytes(meminfo: str | None = None) -> int:
             raise DeviceError(f"/proc/meminfo cannot be read: {e.strerror}") from e
     for line in meminfo.splitlines():
         name, _, rest = line.partition(":")
-        if name == "MemAvailable":
+        if name == wanted:
             return int(rest.split()[0]) * 1024
-    raise DeviceError("/proc/meminfo has no MemAvailable line; a kernel of 3.14 or newer is needed")
+    raise DeviceError(f"/proc/meminfo has no {wanted} line; a kernel of 3.14 or newer is needed")

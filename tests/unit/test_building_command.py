@@ -9,8 +9,10 @@ import typer
 from typer.testing import CliRunner
 
 from gwp_edge.commands import building
+from gwp_edge.engines.trt_build import BuildResult
 from gwp_edge.engines.trt_cache import EngineKey, EngineRecord, write_record
 from gwp_edge.engines.trt_cache import building as building_folder
+from gwp_edge.engines.trt_timing import StageTiming
 from gwp_edge.errors import GwpError, PerformanceIssue, SpecError
 
 app = typer.Typer()
@@ -63,6 +65,33 @@ def test_build_list_and_clean_need_no_gpu(built):
     assert len(json.loads(run("build", str(built), "--clean", "--json"))["removed"]) == 1
     assert json.loads(run("build", str(built), "--list", "--json")) == []
     assert "there was nothing" in run("build", str(built), "--clean")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "told"), [("plausible", 0), ("below the floor", 1), ("far above the floor", 1)]
+)
+def test_build_tells_times_that_the_model_cannot_explain(tmp_path, monkeypatch, verdict, told):
+    timing = StageTiming(
+        stage="vision", n=7, measured_ms=3.0, floor_ms=4.0, expected_ms=5.0, verdict=verdict
+    )
+    record = EngineRecord(
+        schema="gwp-edge.engines",
+        schema_version=1,
+        key=KEY,
+        bundle_id="x",
+        created_at="2026-01-01T00:00:00Z",
+        files={},
+        proof=("vision fp16: 12 as asked",),
+        golden_error=0.001,
+        timing=(timing,),
+    )
+    result = BuildResult(folder=tmp_path, record=record, proofs=(), seconds=1.0)
+    monkeypatch.setattr("gwp_edge.bundle.Bundle.open", lambda path, progress=None: None)
+    monkeypatch.setattr("gwp_edge.engines.trt_build.build_engines", lambda *_: result)
+    done = CliRunner().invoke(app, ["build", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "vision 3.00 ms (median of 7)" in done.output
+    assert done.output.count("suspect: vision is") == told
 
 
 def test_build_refuses_contradictions_and_bad_numbers(built):

@@ -103,6 +103,9 @@ def test_build_writes_engines_and_record_beside_the_bundle(bundle, gpu):
     }
     assert result.record.golden_error <= bundle.manifest.golden.tolerance
     assert all("as asked" in line for line in result.record.proof)
+    # The stand-in's clock gives 1.5 ms for every stage, and its memory is this machine's.
+    assert {timing.measured_ms for timing in result.record.timing} == {1.5}
+    assert [timing.n for timing in result.record.timing] == [7, 7, 7 * 4]
     for stage in ("build vision", "build prefill", "build denoise"):
         assert seen[stage] == sorted(seen[stage])
         assert seen[stage][-1] == 1000
