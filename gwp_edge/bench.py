@@ -16,13 +16,15 @@ import numpy as np
 
 from gwp_edge.bundle import STAGES, Manifest, Stage
 from gwp_edge.errors import SpecError
-from gwp_edge.machine_limits import Limits, Machine
+from gwp_edge.machine_limits import Limits
+from gwp_edge.profiling.columns import Chunks, Phase
+from gwp_edge.profiling.context import Context
 from gwp_edge.protocols import Engine
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array, ImageArray
 
 SCHEMA = "gwp-edge.bench"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CACHE_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 Progress = Callable[[str, int, int], None]
 
@@ -114,30 +116,48 @@ class EagerReport(msgspec.Struct, frozen=True, kw_only=True):
     largest_difference: float
 
 
-class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A measurement with all that is needed to judge it."""
+class BenchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A measurement with all that is needed to judge it; of one family with a profile's report.
+
+    Attributes:
+        schema: ``SCHEMA``.
+        schema_version: ``SCHEMA_VERSION``.
+        context: as a profile has it.
+        size: of the random weights, or the bundle's folder.
+        family: of the network.
+        warmup: chunks left out of the times; they are in ``chunks`` as cold and warm.
+        limits: of the machine, the better of before and after.
+        stages: against those.
+        chunk: likewise, all stages of a chunk.
+        chunks: one by one, as a profile has them; "profile compare" reads these.
+        eager: the original, or None where it was not timed.
+    """
 
     schema: str
     schema_version: int
+    context: Context
     size: str
     family: Literal["gwp-0.5", "gwp-0"]
-    precision: str
-    engine: str
-    provider: str
-    n_steps: int
     warmup: int
-    machine: Machine
     limits: Limits
     stages: dict[str, StageReport]
     chunk: StageReport
+    chunks: Chunks
     eager: EagerReport | None
 
 
 class EngineTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Times of every pass, ns; ``denoise`` holds N entries for each chunk."""
+    """Times of every pass, ns; ``denoise`` holds N entries for each chunk.
+
+    Attributes:
+        stages: after the warm-up.
+        chunks: sums of each chunk, after the warm-up.
+        columns: every chunk with the warm-up's, for the report.
+    """
 
     stages: dict[Stage, list[int]]
     chunks: list[int]
+    columns: Chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,21 +226,43 @@ def time_engine(
     """
     if repeats < 1 or warmup < 0:
         raise SpecError(f"expected repeats >= 1 and warmup >= 0, got {repeats} and {warmup}")
-    stages: dict[Stage, list[int]] = {stage: [] for stage in STAGES}
-    chunks: list[int] = []
+    every: list[dict[Stage, list[int]]] = []
+    t_ns: list[int] = []
     rng = np.random.default_rng(0)
     for i in range(warmup + repeats):
         if progress is not None:
             progress("engine", i, warmup + repeats)
-        _, laps = run_chunk(engine, spec, random_input(spec, rng), now_ns)
-        if i < warmup:
-            continue
-        for stage in STAGES:
-            stages[stage] += laps[stage]
-        chunks.append(sum(sum(times) for times in laps.values()))
+        given = random_input(spec, rng)
+        t_ns.append(now_ns())
+        every.append(run_chunk(engine, spec, given, now_ns)[1])
     if progress is not None:
         progress("engine", warmup + repeats, warmup + repeats)
-    return EngineTimes(stages=stages, chunks=chunks)
+    steady = every[warmup:]
+    return EngineTimes(
+        stages={stage: [t for laps in steady for t in laps[stage]] for stage in STAGES},
+        chunks=[sum(sum(times) for times in laps.values()) for laps in steady],
+        columns=_columns(every, t_ns, warmup),
+    )
+
+
+def _columns(every: list[dict[Stage, list[int]]], t_ns: list[int], warmup: int) -> Chunks:
+    """Return the chunks as a profile has them; nothing but the engine was there."""
+    none: list[float | None] = [None] * len(every)
+    phases: list[Phase] = ["steady"] * len(every)
+    phases[:warmup] = ["warm"] * warmup
+    if warmup:
+        phases[0] = "cold"
+    return Chunks(
+        t_s=[round((t - t_ns[0]) / 1e9, 4) for t in t_ns],
+        phase=phases,
+        segments_ms={stage: [sum(laps[stage]) / 1e6 for laps in every] for stage in STAGES},
+        steps_ms=[[step / 1e6 for step in laps["denoise"]] for laps in every],
+        transport_ms=none,
+        frame_to_chunk_ms=none,
+        frame_to_command_ms=none,
+        interval_ms=none,
+        slack_ms=none,
+    )
 
 
 def random_input(spec: PolicySpec, rng: np.random.Generator) -> ChunkInput:

@@ -45,17 +45,17 @@ def check_budgets(report: BenchReport, budgets: Mapping[str, object]) -> list[st
     entry = table.get(report.family) if isinstance(table, Mapping) else None
     if not isinstance(entry, Mapping):
         raise SpecError(f'budgets: no table [bench."{report.family}"]')
-    measured = {
+    measured: dict[str, object] = {
         "size": report.size,
-        "precision": report.precision,
-        "provider": report.provider,
+        "precision": report.context.precision,
+        "provider": report.context.provider,
         "threads": report.limits.threads,
     }
-    for name, value in measured.items():
-        if entry.get(name) != value:
+    for name, given in measured.items():
+        if entry.get(name) != given:
             raise SpecError(
                 f"budgets: those of {report.family} are for {name} {entry.get(name)!r}, "
-                f"but {value!r} was measured; run bench with that"
+                f"but {given!r} was measured; run bench with that"
             )
     values: dict[str, float | None] = {
         "max_ratio_to_eager": report.eager.ratio if report.eager else None,

@@ -160,9 +160,23 @@ def _measure(
     from gwp_edge import bench
     from gwp_edge.engines import create_engine
     from gwp_edge.machine_limits import describe_machine, measure_limits
+    from gwp_edge.profiling.context import make_context
 
     spec, manifest = bundle.spec, bundle.manifest
-    machine = describe_machine(("numpy", "onnxruntime", "torch"))
+    context = make_context(
+        spec,
+        describe_machine(("numpy", "onnxruntime", "torch")),
+        manifest=manifest,
+        bundle=labels["size"],
+        robot=None,
+        engine=labels["engine"],
+        provider=provider,
+        threads=threads,
+        motor_hz=None,
+        duration_s=None,
+        warmup_s=None,
+        repeat=repeats,
+    )
     limits = measure_limits(threads, progress=progress)
     given = bench.random_input(spec, np.random.default_rng(1))
     runner = create_engine(labels["engine"], bundle, provider=provider, threads=threads)
@@ -183,17 +197,14 @@ def _measure(
     return bench.BenchReport(
         schema=bench.SCHEMA,
         schema_version=bench.SCHEMA_VERSION,
+        context=context,
         size=labels["size"],
         family=spec.network.family,
-        precision=manifest.precision.name,
-        engine=labels["engine"],
-        provider=provider,
-        n_steps=spec.sampler.n_steps,
         warmup=warmup,
-        machine=machine,
         limits=limits,
         stages=stages,
         chunk=chunk,
+        chunks=times.columns,
         eager=eager,
     )
 
@@ -227,7 +238,7 @@ def _eager(
 def _tell(report: BenchReport, json_file: Path | None, as_json: bool) -> None:
     import msgspec
 
-    plain = msgspec.to_builtins(report)
+    plain, context = msgspec.to_builtins(report), report.context
     if json_file is not None:
         write_json(json_file, plain)
     if as_json:
@@ -249,9 +260,9 @@ def _tell(report: BenchReport, json_file: Path | None, as_json: bool) -> None:
         )
     header = ("stage", "n", "p50 ms", "p95 ms", "min ms", "GFLOP", "MB", "x GEMM floor", "% limit")
     say_table(
-        f"{report.size} {report.precision} on {report.engine} {report.provider}", header, rows
+        f"{report.size} {context.precision} on {context.engine} {context.provider}", header, rows
     )
-    limits, machine = report.limits, report.machine
+    limits, machine = report.limits, context.machine
     say(
         f"limits: {limits.best_gflop_s:.1f} GFLOP/s float32 GEMM, {limits.stream_gb_s:.1f} GB/s, "
         f"{limits.threads} threads of {machine.cpu}"

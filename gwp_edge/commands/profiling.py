@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gwp_edge.commands.comparing import compare
+from gwp_edge.commands.execution import ExecutionOption, LeadOption, WarmStartOption
+from gwp_edge.commands.live_view import LiveView
 from gwp_edge.commands.options import (
     EngineOption,
-    JsonFlag,
     ProviderOption,
     TaskOption,
     ThreadsOption,
     group_with_default,
 )
+from gwp_edge.commands.profiling_robot import RobotRun, profile_on_robot
 from gwp_edge.commands.profiling_tables import say_report
-from gwp_edge.console import (
-    EXIT_FAILED,
-    progress_bars,
-    remark,
-    say_json,
-    say_table,
-    write_file,
-    write_json,
-)
+from gwp_edge.console import write_file, write_json
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
-    from gwp_edge.profiling.collect import Raw
     from gwp_edge.profiling.disturb import Disturbances
+    from gwp_edge.profiling.raw import Raw
     from gwp_edge.profiling.run import ProfileOptions
     from gwp_edge.profiling.schema import ProfileReport
-    from gwp_edge.run_options import RunOptions, RunStatus
     from gwp_edge.spec import PolicySpec
-
-_ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
-
 
 app = typer.Typer(
     cls=group_with_default("run"),
@@ -80,6 +70,17 @@ def profile(
     realtime: Annotated[
         bool, typer.Option("--realtime/--no-realtime", help="Ask for real-time priority.")
     ] = True,
+    execution: ExecutionOption = "soft",
+    lead_ms: LeadOption = 0.0,
+    warm_start: WarmStartOption = 1.0,
+    rerun: Annotated[
+        str | None,
+        typer.Option(
+            "--rerun",
+            help="Log frames, joints, chunks and limits live: viewer (the Rerun viewer of this "
+            "machine), its URL, or a new file ending in .rrd. Needs the rerun extra.",
+        ),
+    ] = None,
     roofline: Annotated[
         bool,
         typer.Option(
@@ -95,7 +96,7 @@ def profile(
         typer.Option(
             "--disturb",
             help="For simulated robots: prefill=40ms, denoise=5ms@10%, drop=10%, bus=3ms@5%, "
-            "stall=20ms/1s, cpu=2; several times.",
+            "stall=20ms/1s, cpu=2, mem=2; several times.",
         ),
     ] = None,
     skip_check: Annotated[
@@ -129,20 +130,25 @@ def profile(
     )
     exit_code = 0
     if robot is None:
+        if rerun is not None:
+            raise SpecError("--rerun shows a robot: add --robot")
         report, raws = _engine_alone(bundle, options, engine, provider, threads, task)
     else:
-        run_options = _run_options(
-            bundle,
-            spec,
-            robot,
-            {"engine": engine, "task": task, "threads": threads, "provider": provider},
+        given = RobotRun(
+            bundle=bundle,
+            robot=robot,
+            policy={"engine": engine, "task": task, "threads": threads, "provider": provider},
+            execution=execution,
+            lead_ms=lead_ms,
+            warm_start=warm_start,
             replan_hz=replan_hz,
             motor_hz=motor_hz,
             dry_run=dry_run,
             realtime=realtime,
             skipped=frozenset(skip_check or ()),
+            rerun=rerun,
         )
-        report, raws, exit_code = _on_robot(run_options, options)
+        report, raws, exit_code = profile_on_robot(given, spec, options)
     _write(report, raws, spec, json_file, html, trace)
     say_report(report)
     if exit_code:
@@ -159,7 +165,7 @@ def _engine_alone(
 ) -> tuple[ProfileReport, list[Raw]]:
     from gwp_edge.profiling.run import profile_engine
 
-    with progress_bars() as bars:
+    with LiveView(draw_taken=True) as view:
         return profile_engine(
             str(bundle),
             options,
@@ -167,86 +173,8 @@ def _engine_alone(
             provider=provider,
             threads=threads,
             task=task,
-            progress=bars,
-        )
-
-
-def _run_options(
-    bundle: Path,
-    spec: PolicySpec,
-    robot: str,
-    kwargs: dict[str, object],
-    *,
-    replan_hz: float | None,
-    motor_hz: float,
-    dry_run: bool,
-    realtime: bool,
-    skipped: frozenset[str],
-) -> RunOptions:
-    from gwp_edge.motor_options import MotorOptions
-    from gwp_edge.policy_process import PolicyOptions
-    from gwp_edge.robots import load_robot
-    from gwp_edge.run_options import RunOptions
-
-    config = load_robot(robot, spec)
-    if config.is_simulated:
-        # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
-        skipped |= _ADVISORY_IN_SIMULATION
-    return RunOptions(
-        spec=spec,
-        robot=config,
-        policy=PolicyOptions(
-            factory="gwp_edge.policy:load",
-            kwargs={"path": str(bundle), **kwargs, "seed": None, "check_golden": False},
-            replan_hz=replan_hz,
-        ),
-        motor=MotorOptions(
-            rate_hz=motor_hz,
-            dry_run=dry_run,
-            refuse_far=not config.is_simulated,
-            realtime=realtime,
-        ),
-        skip_checks=skipped,
-    )
-
-
-def _on_robot(
-    run_options: RunOptions, options: ProfileOptions
-) -> tuple[ProfileReport, list[Raw], int]:
-    from gwp_edge.operator_input import TerminalKeys
-    from gwp_edge.profiling.run import profile_robot
-
-    with TerminalKeys() as keys, _Live() as live:
-        run_options = dataclasses.replace(run_options, interactive=keys.available)
-        report, summary, raws = profile_robot(run_options, options, on_status=live, keys=keys)
-    for fault in summary.faults:
-        remark(f"fault: {fault}")
-    remark(f"gwp-edge: {summary.message}" if summary.exit_code else summary.message)
-    return report, raws, summary.exit_code
-
-
-class _Live:
-    """One line on stderr that follows the run. Threads: one owner."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.status import Status
-
-        self._status = Status("starting", console=Console(stderr=True))
-
-    def __enter__(self) -> _Live:
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def __call__(self, status: RunStatus) -> None:
-        for event in status.events:
-            self._status.console.print(f"{status.run_s:7.2f} s  {event.text}", highlight=False)
-        self._status.update(
-            f"{status.run_s:6.1f} s  {status.mode.name}  {status.n_chunks} chunks  "
-            f"{status.n_ticks} ticks  {status.n_missed} missed"
+            progress=view.progress,
+            on_live=view.take,
         )
 
 
@@ -274,57 +202,4 @@ def _write(
         write_json(trace, to_trace(raws[-1], spec, report.context))
 
 
-@app.command("compare")
-def compare(
-    before: Annotated[Path, typer.Argument(help="JSON of a profile.")],
-    after: Annotated[Path, typer.Argument(help="JSON of the other.")],
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-on",
-            help="Exit with 1 when this got slower: p99=5%, prefill:p50=3%; several times.",
-        ),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Compare two profiles, with 95 % confidence intervals.
-
-    Example: gwp-edge profile compare before.json after.json --fail-on p99=5%
-    """
-    from gwp_edge.profiling import compare as comparing
-
-    gates = [comparing.parse_gate(text) for text in fail_on or ()]
-    reports = [comparing.read_report(path) for path in (before, after)]
-    others = comparing.differs_in(*reports)
-    differences = comparing.compare(*reports)
-    failed = comparing.failed_gates(gates, differences, comparing.main_quantity(reports[1]))
-    if as_json:
-        say_json(
-            {
-                "differences": [dataclasses.asdict(d) for d in differences],
-                "context": others,
-                "failed": failed,
-            }
-        )
-    else:
-        rows = [
-            (
-                d.quantity,
-                d.statistic,
-                f"{d.before_ms:.2f}",
-                f"{d.after_ms:.2f}",
-                f"{d.change_percent:+.1f} %",
-                f"{d.low_percent:+.1f} to {d.high_percent:+.1f}",
-                d.verdict,
-            )
-            for d in differences
-            if d.statistic in ("p50", "p99")
-        ]
-        head = ("stage", "", "before ms", "after ms", "change", "95 %", "")
-        say_table("Profiles compared", head, rows)
-        for line in others:
-            remark(f"differs as well: {line}")
-    for line in failed:
-        remark(f"gwp-edge: {line}")
-    if failed:
-        raise typer.Exit(EXIT_FAILED)
+app.command("compare")(compare)

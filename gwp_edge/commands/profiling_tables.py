@@ -44,6 +44,7 @@ def say_report(report: ProfileReport) -> None:
             f"than 1 ms late, motion follows commands after "
             f"{'an unknown time' if lag is None else f'{lag:.0f} ms'}"
         )
+    _say_devices(report)
     _say_roofline(report)
     say_table(
         "Verdict",
@@ -51,13 +52,36 @@ def say_report(report: ProfileReport) -> None:
         [(_MARKS[v.level], v.topic, v.text) for v in report.verdicts],
     )
     cost = report.cost
+    share = "" if cost.stamp_percent is None else f" ({cost.stamp_percent:.3f} % of it)"
     say(
         f"profiling took {cost.listener_percent:.2f} % of a core ({cost.sampler_percent:.2f} % for "
-        f"the system's counters), {cost.stamp_us:.1f} us per chunk, {cost.tick_us:.2f} us per tick"
+        f"the system's counters), its view {cost.view_percent:.2f} %; noting a chunk takes "
+        f"{cost.stamp_us:.1f} us{share}, a motor tick {cost.tick_us:.1f} us"
     )
     lost = ", ".join(f"{n} {kind}" for kind, n in cost.n_lost.items() if n)
     if lost:
         remark(f"lost while listening: {lost}; percentiles miss them")
+
+
+def _say_devices(report: ProfileReport) -> None:
+    """Print what cameras and buses counted."""
+    rows = [
+        (
+            camera.name,
+            camera.clock or "-",
+            "irregular" if camera.period_ms is None else f"{camera.period_ms:.2f}",
+            f"{camera.n_used} of {camera.n_made}",
+            f"{camera.n_missing} of {camera.n_expected}",
+            camera.health or "-",
+        )
+        for camera in report.cameras
+    ]
+    if rows:
+        head = ("camera", "clock", "period ms", "used", "missing when due", "its driver says")
+        say_table("cameras, steady", head, rows)
+    for bus in report.system.buses if report.system is not None else ():
+        counts = ", ".join(f"{counter} {n}" for counter, n in bus.counts.items())
+        say(f"{bus.name}, over the run: {counts}")
 
 
 def _cells(s: Summary) -> tuple[Any, ...]:

@@ -2,85 +2,36 @@
 
 from __future__ import annotations
 
-import datetime
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from gwp_edge.bundle import Manifest
-from gwp_edge.doctor.power import check_power_mode
-from gwp_edge.doctor.system import LocalSystem
-from gwp_edge.machine_limits import Limits, Machine
+from gwp_edge.machine_limits import Limits
 from gwp_edge.profiling import verdicts
+from gwp_edge.profiling.cameras import camera_reports
 from gwp_edge.profiling.chunks import (
-    camera_reports,
     chunk_columns,
     chunk_table,
     joined,
     phase_summaries,
 )
-from gwp_edge.profiling.collect import Raw
+from gwp_edge.profiling.context import Context
 from gwp_edge.profiling.motor_report import first_ns, motor_report
+from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import roofline
 from gwp_edge.profiling.schema import (
     SCHEMA,
     SCHEMA_VERSION,
+    BusReport,
     CameraReport,
-    Context,
     Cost,
     ProfileReport,
     Roofline,
     SystemReport,
 )
+from gwp_edge.profiling.system_sampler import CAN_COUNTERS, SystemSamples
 from gwp_edge.spec import PolicySpec
-
-_SYNCHRONISED = {
-    "cpu": "calls return when the result is there; nothing runs behind them",
-    "cuda": "every stage ends with its outputs copied to the host, which waits for the device",
-}
-
-
-def make_context(
-    spec: PolicySpec,
-    machine: Machine,
-    *,
-    manifest: Manifest | None,
-    bundle: str | None,
-    robot: str | None,
-    engine: str | None,
-    provider: str | None,
-    threads: int | None,
-    motor_hz: float | None,
-    duration_s: float,
-    warmup_s: float,
-    repeat: int = 1,
-    disturbances: Sequence[str] = (),
-) -> Context:
-    """Return what a reader must know; taken before the run, as the machine stands then."""
-    power = check_power_mode(LocalSystem())[0]
-    return Context(
-        command_line=tuple(sys.argv),
-        started_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        robot=robot,
-        bundle=bundle,
-        bundle_id=manifest.bundle_id if manifest else None,
-        precision=manifest.precision.name if manifest else None,
-        engine=engine,
-        provider=provider,
-        threads=threads,
-        n_rows=spec.n_rows,
-        period_ms=spec.period_ns / 1e6,
-        n_steps=spec.sampler.n_steps,
-        motor_hz=motor_hz,
-        duration_s=duration_s,
-        warmup_s=warmup_s,
-        repeat=repeat,
-        disturbances=tuple(disturbances),
-        synchronised=_SYNCHRONISED.get(provider or "", "as the policy does"),
-        power_mode=power.detail if power.status != "skip" else None,
-        machine=machine,
-    )
 
 
 def build_report(
@@ -103,7 +54,7 @@ def build_report(
     Args:
         raws: what was collected, one for each run.
         spec: of the policy.
-        context: see ``make_context``.
+        context: see ``profiling.context``.
         cameras: names in the order of the stamps; empty for the engine alone.
         manifest: of the bundle, for the roofline.
         limits: of the machine, likewise.
@@ -114,7 +65,7 @@ def build_report(
         faults: what went wrong.
         cost_us: of one stamp and of one tick.
     """
-    warmup_s = context.warmup_s
+    warmup_s = context.warmup_s or 0.0
     table = joined([chunk_table(raw, spec, warmup_s=warmup_s, run=i) for i, raw in enumerate(raws)])
     steady = table.steady
     phases = phase_summaries(table)
@@ -127,6 +78,7 @@ def build_report(
     found_cameras = _cameras(raws, cameras, warmup_s=warmup_s, every_frame=every_frame)
     system = _system(raws)
     plan, tail = verdicts.budget(steady, spec), verdicts.tail(steady)
+    usual = phases.get("steady", {}).get("predict")
     failures = tuple(raw.failure for raw in raws if raw.failure is not None)
     return ProfileReport(
         schema=SCHEMA,
@@ -152,7 +104,7 @@ def build_report(
         ),
         roofline=line,
         system=system,
-        cost=_cost(raws, cost_us),
+        cost=_cost(raws, cost_us, usual.p50 if usual is not None else None),
         faults=(*faults, *failures),
     )
 
@@ -169,6 +121,10 @@ def _cameras(
     return tuple(
         CameraReport(
             name=of_camera[-1].name,
+            clock=of_camera[-1].clock,
+            n_made=sum(c.n_made for c in of_camera),
+            n_used=sum(c.n_used for c in of_camera),
+            health=raws[-1].health.get(of_camera[-1].name),
             period_ms=of_camera[-1].period_ms,
             n_expected=sum(c.n_expected for c in of_camera),
             n_missing=sum(c.n_missing for c in of_camera),
@@ -193,17 +149,33 @@ def _system(raws: list[Raw]) -> SystemReport | None:
         columns=columns,
         peaks={n: max(v for v in values if v is not None) for n, values in columns.items()},
         throttled=tuple(dict.fromkeys(part for s in samples for part in s.throttled)),
+        buses=_buses(samples),
         source=samples[-1].sources,
     )
 
 
-def _cost(raws: list[Raw], cost_us: tuple[float, float]) -> Cost:
+def _buses(samples: Sequence[SystemSamples]) -> tuple[BusReport, ...]:
+    """Return how much every counter of every bus grew, runs added up."""
+    grown: dict[str, dict[str, int]] = {}
+    for run in samples:
+        first, last = run.rows[0], run.rows[-1]
+        for key in last:
+            name, _, counter = key.partition("_")
+            if counter in CAN_COUNTERS and key in first:
+                counts = grown.setdefault(name, {})
+                counts[counter] = counts.get(counter, 0) + int(last[key] - first[key])
+    return tuple(BusReport(name=name, counts=counts) for name, counts in grown.items())
+
+
+def _cost(raws: list[Raw], cost_us: tuple[float, float], chunk_p50_ms: float | None) -> Cost:
     wall_s = sum(raw.wall_s for raw in raws) or 1.0
     lost = {k: int(np.sum([raw.n_lost.get(k, 0) for raw in raws])) for r in raws for k in r.n_lost}
     return Cost(
         listener_percent=100 * sum(raw.listener_s for raw in raws) / wall_s,
         sampler_percent=100 * sum(raw.sampler_s for raw in raws) / wall_s,
+        view_percent=100 * sum(raw.view_s for raw in raws) / wall_s,
         stamp_us=cost_us[0],
+        stamp_percent=cost_us[0] / (10 * chunk_p50_ms) if chunk_p50_ms else None,
         tick_us=cost_us[1],
         n_lost=lost,
     )

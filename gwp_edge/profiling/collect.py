@@ -6,57 +6,31 @@ reads: no loop of the robot waits for it.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 import time
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from gwp_edge.errors import GwpError
 from gwp_edge.mailbox import TICK_DTYPE, Board, command_dtype, state_dtype
+from gwp_edge.profiling.live import LiveCallback, LiveFeed
+from gwp_edge.profiling.raw import Raw, Records
 from gwp_edge.profiling.stamps import STAMP_DTYPE, stamp_record
-from gwp_edge.profiling.system_sampler import SystemSampler, SystemSamples
+from gwp_edge.profiling.system_sampler import SystemSampler
 from gwp_edge.protocols import Policy
 from gwp_edge.run_options import RunStatus
+from gwp_edge.runtime import Watcher
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Frame, Observation
 
-_DRAIN_EVERY_S: Final = 0.1
+# The smallest ring holds the states of seconds.
+_DRAIN_EVERY_S: Final = 0.25
 _SAMPLE_EVERY_S: Final = 0.5
-_COST_BATCHES: Final = 21
-_COST_REPEATS: Final = 100
-Records = npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Raw:
-    """Everything that was collected of one run, or of several, one after the other.
-
-    Attributes:
-        stamps: one record per chunk, ``STAMP_DTYPE``.
-        ticks: one per motor tick, ``TICK_DTYPE``.
-        states: measured states.
-        commands: commands sent.
-        system: samples of the system, or None.
-        n_lost: records overwritten before they were read.
-        listener_s: processor time of the listener.
-        sampler_s: the sampler's part of it.
-        wall_s: how long it listened.
-        failure: why collecting ended early, or None.
-    """
-
-    stamps: Records
-    ticks: Records
-    states: Records
-    commands: Records
-    system: SystemSamples | None = None
-    n_lost: dict[str, int] = field(default_factory=dict)
-    listener_s: float = 0.0
-    sampler_s: float = 0.0
-    wall_s: float = 0.0
-    failure: str | None = None
+_SHOW_EVERY_S: Final = 0.5
 
 
 class Listener:
@@ -64,14 +38,29 @@ class Listener:
 
     Threads: one owner; reading happens in a thread that ``begin`` starts and ``end`` joins.
 
+    Attributes:
+        view_s: processor time that the owner spent on showing it; the owner counts.
+
     Args:
         spec: of the policy.
         sampler: of the system, or None for none.
+        feed: sums up for a live view.
+        on_live: called from the listening thread, twice a second, with the figures so far.
     """
 
-    def __init__(self, spec: PolicySpec, sampler: SystemSampler | None) -> None:
+    def __init__(
+        self,
+        spec: PolicySpec,
+        sampler: SystemSampler | None,
+        *,
+        feed: LiveFeed | None = None,
+        on_live: LiveCallback | None = None,
+    ) -> None:
         self._spec = spec
         self._sampler = sampler
+        self._feed = feed or LiveFeed()
+        self._on_live = on_live
+        self.view_s = 0.0
         self._board: Board | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,6 +71,7 @@ class Listener:
             "commands": [np.empty(0, command_dtype(spec.n_channels))],
         }
         self._n_lost: dict[str, int] = {}
+        self._health: dict[str, str] = {}
         self._listener_s = self._sampler_s = self._wall_s = 0.0
         self._failure: str | None = None
 
@@ -118,16 +108,18 @@ class Listener:
         return Raw(
             **joined,
             system=self._sampler.samples() if self._sampler is not None else None,
+            health=self._health,
             n_lost=self._n_lost,
             listener_s=self._listener_s,
             sampler_s=self._sampler_s,
             wall_s=self._wall_s,
+            view_s=self.view_s,
             failure=self._failure,
         )
 
     def _listen(self) -> None:
         t_begin_s = time.monotonic()
-        t_sample_s = t_begin_s
+        t_sample_s = t_show_s = t_begin_s
         board = self._board
         try:
             while board is not None and not self._over.wait(_DRAIN_EVERY_S):
@@ -137,6 +129,9 @@ class Listener:
                     cpu_s = time.thread_time()
                     self._sampler.sample()
                     self._sampler_s += time.thread_time() - cpu_s
+                if self._on_live is not None and time.monotonic() >= t_show_s:
+                    t_show_s = time.monotonic() + _SHOW_EVERY_S
+                    self._on_live(self._feed.figures(newest_sample(self._sampler)))
         except (GwpError, OSError, ValueError) as e:  # told in the report: a profile is not the run
             self._failure = f"profiling ended early: {type(e).__name__}: {e}"
         finally:
@@ -146,6 +141,11 @@ class Listener:
             self._wall_s = time.monotonic() - t_begin_s
 
     def _drain(self, board: Board) -> None:
+        for event in board.events["policy"].drain():
+            # As ``policy_process.report_health`` says it when the cameras are closed.
+            found = re.fullmatch(r"camera (\S+): (.*)", event.text)
+            if found is not None:
+                self._health[found[1]] = found[2]
         for name, records in (
             ("stamps", board.stamps.drain()),
             ("ticks", board.ticks.drain()),
@@ -154,10 +154,42 @@ class Listener:
         ):
             if len(records):
                 self._parts[name].append(records)
+                if self._on_live is not None and name == "ticks":
+                    self._feed.take_ticks(records)
+                elif self._on_live is not None and name == "stamps":
+                    self._feed.take_stamps(records)
+
+
+class Together:
+    """Several watchers as one. Threads: as each of them."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = tuple(watchers)
+
+    def begin(self, board_name: str) -> None:
+        """Begin, one after the other."""
+        for watcher in self._watchers:
+            watcher.begin(board_name)
+
+    def end(self) -> None:
+        """End all, also when one of them fails; safe to call twice."""
+        with contextlib.ExitStack() as stack:
+            for watcher in self._watchers:
+                stack.callback(watcher.end)
+
+
+def newest_sample(sampler: SystemSampler | None) -> dict[str, float]:
+    """Return the newest sample, empty where there is none."""
+    return sampler.newest if sampler is not None else {}
 
 
 def collect_engine(
-    policy: Policy, *, duration_s: float, n_max: int | None, sampler: SystemSampler | None
+    policy: Policy,
+    *,
+    duration_s: float,
+    n_max: int | None,
+    sampler: SystemSampler | None,
+    on_live: LiveCallback | None = None,
 ) -> Raw:
     """Run a policy on random observations and stamp every chunk as the policy process would.
 
@@ -168,10 +200,13 @@ def collect_engine(
         duration_s: how long; at least two chunks are made.
         n_max: chunks at most.
         sampler: of the system, or None; asked between chunks.
+        on_live: called between chunks, about twice a second, with the figures so far.
     """
     rng = np.random.default_rng(0)
     rows: list[tuple[object, ...]] = []
-    t_begin_s, cpu_sampler_s = time.monotonic(), 0.0
+    n_shown = 0
+    t_begin_s, cpu_sampler_s, view_s = time.monotonic(), 0.0, 0.0
+    feed, t_show_s = LiveFeed(), t_begin_s
     while len(rows) < 2 or time.monotonic() - t_begin_s < duration_s:
         if n_max is not None and len(rows) >= max(n_max, 2):
             break
@@ -195,6 +230,12 @@ def collect_engine(
             cpu_s = time.thread_time()
             sampler.sample_every(_SAMPLE_EVERY_S)
             cpu_sampler_s += time.thread_time() - cpu_s
+        if on_live is not None and time.monotonic() >= t_show_s:
+            t_show_s, cpu_s = time.monotonic() + _SHOW_EVERY_S, time.thread_time()
+            feed.take_stamps(np.array(rows[n_shown:], STAMP_DTYPE))
+            n_shown = len(rows)
+            on_live(feed.figures(newest_sample(sampler)))
+            view_s += time.thread_time() - cpu_s
     wall_s = time.monotonic() - t_begin_s
     D = policy.spec.n_channels
     return Raw(
@@ -206,6 +247,7 @@ def collect_engine(
         listener_s=cpu_sampler_s,
         sampler_s=cpu_sampler_s,
         wall_s=wall_s,
+        view_s=view_s,
     )
 
 
@@ -225,51 +267,3 @@ def random_observation(spec: PolicySpec, rng: np.random.Generator, idx: int) -> 
     )
     low, high = np.array(spec.statistics.state_q01), np.array(spec.statistics.state_q99)
     return Observation(frames=frames, state=rng.uniform(low, high), t_state_ns=now_ns)
-
-
-def measure_cost(spec: PolicySpec) -> tuple[float, float]:
-    """Return what noting one chunk costs, and what profiling adds to a tick, us, measured here.
-
-    A tick reads the clock once more around the driver and writes four bytes more.
-    """
-    board = Board.create(spec.n_channels, spec.n_rows)
-    try:
-        observation = random_observation(spec, np.random.default_rng(0), 0)
-        timing = _timing(spec.sampler.n_steps)
-        stamp_us = _each_us(
-            lambda: board.stamps.append(
-                stamp_record(
-                    0,
-                    observation,
-                    timing,
-                    t_started_ns=0,
-                    t_built_ns=0,
-                    t_predicted_ns=0,
-                    t_published_ns=0,
-                )
-            )
-        )
-        tick_us = _each_us(lambda: min(time.monotonic_ns() - 0, 2**31 - 1))
-    finally:
-        board.close()
-        board.unlink()
-    return stamp_us, tick_us
-
-
-def _timing(n_steps: int) -> Any:  # noqa: ANN401 - StageTimes; imported where it is needed alone
-    from gwp_edge.telemetry import StageTimes
-
-    return StageTimes(
-        preprocess_ns=1, vision_ns=1, prefill_ns=1, denoise_ns=(1,) * n_steps, postprocess_ns=1
-    )
-
-
-def _each_us(action: Any) -> float:  # noqa: ANN401 - any function
-    """Return the median over batches, which another program's turn does not move."""
-    batches = []
-    for _ in range(_COST_BATCHES):
-        begin_ns = time.perf_counter_ns()
-        for _ in range(_COST_REPEATS):
-            action()
-        batches.append((time.perf_counter_ns() - begin_ns) / _COST_REPEATS / 1e3)
-    return float(np.median(batches))

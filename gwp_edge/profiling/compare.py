@@ -1,4 +1,8 @@
-"""Two profiles side by side, with bootstrap confidence intervals and a verdict only where due."""
+"""Two reports side by side, with bootstrap confidence intervals and a verdict only where due.
+
+Profiles and benches have the same columns and the same context, so either is compared with either,
+in what both have.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,12 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from gwp_edge import bench
+from gwp_edge.bench import BenchReport
 from gwp_edge.errors import SpecError
-from gwp_edge.profiling.schema import SCHEMA, SCHEMA_VERSION, SEGMENTS, ProfileReport
+from gwp_edge.profiling import schema
+from gwp_edge.profiling.columns import GROUPS, SEGMENTS
+from gwp_edge.profiling.schema import ProfileReport
 from gwp_edge.types import FloatArray
 
 _N_RESAMPLES: Final = 2000
@@ -19,17 +27,25 @@ _LEVEL: Final = (2.5, 97.5)
 # A percentile needs values beyond it: about this many over ten.
 _MIN_VALUES: Final = {"mean": 10, "p50": 10, "p90": 40, "p95": 60, "p99": 100, "max": 2}
 _QUANTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "max": 100.0}
+_N_ENGINE_SEGMENTS: Final = sum(group == "engine" for group in GROUPS.values())
 _MAX_CELLS: Final = 4_000_000
+
+
+Report = ProfileReport | BenchReport
+_LAYOUTS: Final[dict[tuple[str, int], type[Report]]] = {
+    (schema.SCHEMA, schema.SCHEMA_VERSION): ProfileReport,
+    (bench.SCHEMA, bench.SCHEMA_VERSION): BenchReport,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """One statistic of one quantity in both profiles.
+    """One statistic of one quantity in both reports.
 
     Attributes:
         quantity: such as ``frame to command``.
         statistic: such as ``p99``.
-        before_ms: in the first profile.
+        before_ms: in the first report.
         after_ms: in the second.
         change_percent: of the first.
         low_percent: lower end of the 95 % interval of the change.
@@ -56,11 +72,11 @@ class Gate:
     quantity: str | None = None
 
 
-def read_report(path: Path) -> ProfileReport:
-    """Read a profile.
+def read_report(path: Path) -> Report:
+    """Read a profile or a bench.
 
     Raises:
-        SpecError: it is not there, no profile, or of another layout.
+        SpecError: it is not there, neither of them, or of another layout.
     """
     try:
         data = path.read_bytes()
@@ -70,15 +86,17 @@ def read_report(path: Path) -> ProfileReport:
         head = msgspec.json.decode(data)
         schema, version = head["schema"], head["schema_version"]
     except (msgspec.DecodeError, KeyError, TypeError, UnicodeDecodeError) as e:
-        raise SpecError(f"{path}: is not a profile; make one with gwp-edge profile --json") from e
-    if schema != SCHEMA or version != SCHEMA_VERSION:
         raise SpecError(
-            f"{path}: is {schema!r} version {version!r}, expected {SCHEMA!r} {SCHEMA_VERSION}"
-        )
+            f"{path}: is no report; make one with gwp-edge profile --json, or bench --json-file"
+        ) from e
+    layout = _LAYOUTS.get((schema, version))
+    if layout is None:
+        known = ", ".join(f"{name!r} {number}" for name, number in _LAYOUTS)
+        raise SpecError(f"{path}: is {schema!r} version {version!r}, expected one of {known}")
     try:
-        return msgspec.json.decode(data, type=ProfileReport)
+        return msgspec.json.decode(data, type=layout)
     except (msgspec.ValidationError, msgspec.DecodeError) as e:
-        raise SpecError(f"{path}: {e}; profile again with this gwp-edge") from e
+        raise SpecError(f"{path}: {e}; measure again with this gwp-edge") from e
 
 
 def parse_gate(text: str) -> Gate:
@@ -96,12 +114,14 @@ def parse_gate(text: str) -> Gate:
     return Gate(quantity=found[1], statistic=found[2], limit_percent=float(found[3]))
 
 
-def differs_in(before: ProfileReport, after: ProfileReport) -> list[str]:
-    """Return what else differs between two profiles and may explain a difference of times."""
+def differs_in(before: Report, after: Report) -> list[str]:
+    """Return what else differs between two reports and may explain a difference of times."""
     found = []
+    if before.schema != after.schema:
+        found.append(f"kind: {before.schema} and {after.schema}")
     for name in (
         "robot", "bundle_id", "precision", "engine", "provider", "threads", "n_steps", "motor_hz",
-        "disturbances", "power_mode",
+        "execution", "disturbances", "watched_by", "power_mode",
     ):  # fmt: skip
         a, b = getattr(before.context, name), getattr(after.context, name)
         if a != b:
@@ -113,14 +133,15 @@ def differs_in(before: ProfileReport, after: ProfileReport) -> list[str]:
     return found
 
 
-def main_quantity(report: ProfileReport) -> str:
+def main_quantity(report: Report) -> str:
     """Return what a gate without a quantity is about."""
     known = _steady(report)
-    return "frame to command" if len(known.get("frame to command", ())) else "predict"
+    names = ("frame to command", "predict", "chunk")
+    return next(name for name in names if len(known.get(name, ())) or name == names[-1])
 
 
-def compare(before: ProfileReport, after: ProfileReport, *, seed: int = 0) -> list[Difference]:
-    """Return every statistic of every quantity that both profiles have.
+def compare(before: Report, after: Report, *, seed: int = 0) -> list[Difference]:
+    """Return every statistic of every quantity that both reports have.
 
     Chunks are resampled in blocks, as neighbours resemble each other: the block is the cube root of
     the count, which keeps slow drifts from looking like many independent values.
@@ -169,7 +190,7 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
     difference that chance explains is no regression.
 
     Raises:
-        SpecError: the profiles do not hold what a gate asks for, so it would say nothing.
+        SpecError: the reports do not hold what a gate asks for, so it would say nothing.
     """
     failed = []
     for gate in gates:
@@ -182,7 +203,7 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
         if d.verdict == "too few values":
             raise SpecError(
                 f"--fail-on {gate.statistic}: {_MIN_VALUES[gate.statistic]} chunks are needed in "
-                "each profile; profile longer"
+                "each report; measure longer"
             )
         shown = d.verdict == "slower" or gate.statistic == "max"
         if shown and d.change_percent > gate.limit_percent:
@@ -194,19 +215,22 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
     return failed
 
 
-def _steady(report: ProfileReport) -> dict[str, FloatArray]:
+def _steady(report: Report) -> dict[str, FloatArray]:
     """Return the steady chunks' values of every quantity."""
     chunks = report.chunks
     steady = np.array([phase == "steady" for phase in chunks.phase], bool)
+    steady[list(chunks.extreme_rows)] = False
     columns = {
         "frame to command": chunks.frame_to_command_ms,
         "frame to chunk": chunks.frame_to_chunk_ms,
         **{name: chunks.segments_ms[name] for name in SEGMENTS if name in chunks.segments_ms},
         "replan interval": chunks.interval_ms,
     }
-    engine = ("guide", "preprocess", "vision", "prefill", "denoise", "postprocess")
     values = {k: np.array(v, np.float64)[steady] for k, v in columns.items()}
-    values["predict"] = np.sum([values[name] for name in engine], axis=0)
+    of_engine = [values[s] for s in SEGMENTS if GROUPS[s] == "engine" and s in values]
+    # A bench has fewer segments than a profile, so their sum is another thing.
+    total = "predict" if len(of_engine) == _N_ENGINE_SEGMENTS else "chunk"
+    values[total] = np.sum(of_engine, axis=0)
     return {k: v[~np.isnan(v)] for k, v in values.items()}
 
 

@@ -32,10 +32,14 @@ from gwp_edge.types import Float32Array, ImageArray
 _STAGES: Final = ("vision", "prefill", "denoise")
 _FORMS: Final = (
     "vision=40ms, prefill=40ms@10%, denoise=5ms (of each call, of a share of calls), drop=10% "
-    "(camera frames), bus=3ms@5% (sending), stall=20ms/1s (of the motor process), cpu=2 (burners)"
+    "(camera frames), bus=3ms@5% (sending), stall=20ms/1s (of the motor process), cpu=2 (processes "
+    "that compute), mem=2 (processes that stream through memory)"
 )
 # The guardian takes over after 50 ms of silence.
 _MAX_STALL_MS: Final = 40.0
+_MAX_BURNERS: Final = 64
+# Larger than the caches of the machines that this is for, so that every pass goes to memory.
+_STREAM_BYTES: Final = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class Disturbances:
         bus: extra time and chance of a command.
         stall: stop of the motor process, ms, and time between stops, s.
         n_burners: processes that keep a core busy.
+        n_streams: processes that keep the memory busy.
     """
 
     texts: tuple[str, ...] = ()
@@ -57,6 +62,7 @@ class Disturbances:
     bus: tuple[float, float] | None = None
     stall: tuple[float, float] | None = None
     n_burners: int = 0
+    n_streams: int = 0
 
     @property
     def needs_robot(self) -> bool:
@@ -71,7 +77,8 @@ def parse_disturbances(texts: Sequence[str]) -> Disturbances:
         SpecError: not one of the forms, or out of range.
     """
     stages: dict[str, tuple[float, float]] = {}
-    drop, bus, stall, n_burners = 0.0, None, None, 0
+    drop, bus, stall = 0.0, None, None
+    burners = {"cpu": 0, "mem": 0}
     for text in texts:
         name, _, value = text.partition("=")
         if name in (*_STAGES, "bus"):
@@ -89,13 +96,19 @@ def parse_disturbances(texts: Sequence[str]) -> Disturbances:
             found = _match(r"(\d+(?:\.\d+)?)ms/(\d+(?:\.\d+)?)s", value, text)
             stall = (float(found[1]), float(found[2]))
             _check(0 < stall[0] <= _MAX_STALL_MS and stall[1] >= 0.05, text)
-        elif name == "cpu":
-            n_burners = int(_match(r"(\d+)", value, text)[1])
-            _check(0 < n_burners <= 64, text)
+        elif name in burners:
+            burners[name] = int(_match(r"(\d+)", value, text)[1])
+            _check(0 < burners[name] <= _MAX_BURNERS, text)
         else:
             _check(False, text)  # noqa: FBT003 - the check of a name that there is not
     return Disturbances(
-        texts=tuple(texts), stages=stages, drop=drop, bus=bus, stall=stall, n_burners=n_burners
+        texts=tuple(texts),
+        stages=stages,
+        drop=drop,
+        bus=bus,
+        stall=stall,
+        n_burners=burners["cpu"],
+        n_streams=burners["mem"],
     )
 
 
@@ -228,7 +241,7 @@ class Around:
 
     def __init__(self, disturbances: Disturbances) -> None:
         self._stall = disturbances.stall
-        self._n_burners = disturbances.n_burners
+        self._jobs = [_burn] * disturbances.n_burners + [_stream] * disturbances.n_streams
         self._motor_pid = 0
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -241,8 +254,8 @@ class Around:
     def __enter__(self) -> Around:
         """Start what was asked for."""
         context = multiprocessing.get_context("spawn")
-        for _ in range(self._n_burners):
-            burner = context.Process(target=_burn, args=(os.getpid(),), daemon=True)
+        for job in self._jobs:
+            burner = context.Process(target=job, args=(os.getpid(),), daemon=True)
             burner.start()
             self._burners.append(burner)
         if self._stall is not None:
@@ -278,3 +291,12 @@ class Around:
 def _burn(parent_pid: int) -> None:
     while os.getppid() == parent_pid:
         sum(range(100_000))
+
+
+def _stream(parent_pid: int) -> None:
+    import numpy as np
+
+    source = np.ones(_STREAM_BYTES // 16)
+    target = np.empty_like(source)
+    while os.getppid() == parent_pid:
+        np.copyto(target, source)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.profiling.chunks import MOVING, steady_window_ns
-from gwp_edge.profiling.collect import Raw, Records
+from gwp_edge.profiling.raw import LIMIT_FLAGS, Raw, Records
 from gwp_edge.profiling.schema import MotorReport, Summary
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import TickFlag
@@ -34,7 +34,7 @@ def motor_report(
     ticks = np.concatenate(parts)
     late = np.maximum(0, ticks["t_woke_ns"] - ticks["t_planned_ns"]) / 1e6
     gap, causes = _gaps(parts, period_ms)
-    long_gaps = gap[gap > _GAP_PERIODS * period_ms]
+    missed = missed_periods(gap, period_ms)
     sent = (ticks["flags"] & int(TickFlag.NOT_SENT)) == 0
     lateness, periods = Summary.of(late), Summary.of(gap)
     jitter, busy = Summary.of(np.abs(gap - period_ms)), Summary.of(_busy(ticks))
@@ -54,8 +54,8 @@ def motor_report(
             (float(edge), int(n)) for edge, n in zip(_EDGES_US, counts, strict=False) if n
         ],
         n_late=int((late > _LATE_MS).sum()),
-        n_missed=int((np.round(long_gaps / period_ms) - 1).sum()),
-        longest_miss=int((np.round(long_gaps / period_ms) - 1).max(initial=0)),
+        n_missed=int(missed.sum()),
+        longest_miss=int(missed.max(initial=0)),
         tail=max(lost, key=lambda k: lost[k]) if any(lost.values()) else None,
         tail_shares=lost,
         n_not_sent=int((~sent).sum()),
@@ -67,12 +67,18 @@ def motor_report(
         used_up_ms=float((planned["row"] >= spec.n_rows - 1).sum() * period_ms),
         limited_ticks={
             flag.name.lower(): int(((ticks["flags"] & int(flag)) != 0).sum())
-            for flag in (TickFlag.POSITION, TickFlag.VELOCITY, TickFlag.ACCELERATION)
+            for flag in LIMIT_FLAGS
             if flag.name is not None
         },
         command_to_motion_ms=_command_to_motion(raws[-1], warmup_s),
         series=_series(parts, raws, period_ms),
     )
+
+
+def missed_periods(gap_ms: FloatArray, period_ms: float) -> npt.NDArray[np.int64]:
+    """Return how many periods were missed in each gap between two wake-ups."""
+    long_ms = gap_ms[gap_ms > _GAP_PERIODS * period_ms]
+    return np.asarray(np.round(long_ms / period_ms) - 1, np.int64)
 
 
 def _running(raw: Raw, warmup_s: float) -> list[Records]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gwp_edge.bundle import Manifest, read_manifest
@@ -12,14 +13,18 @@ from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.machine_limits import Limits, Machine, describe_machine
 from gwp_edge.policy import BundlePolicy
 from gwp_edge.profiling import disturb
-from gwp_edge.profiling.build import build_report, make_context
-from gwp_edge.profiling.collect import Listener, Raw, collect_engine, measure_cost
+from gwp_edge.profiling.build import build_report
+from gwp_edge.profiling.collect import Listener, Together, collect_engine
+from gwp_edge.profiling.context import make_context
+from gwp_edge.profiling.cost import measure_cost
 from gwp_edge.profiling.disturb import Around, Disturbances, disturbed_robot
+from gwp_edge.profiling.live import LiveCallback, LiveFeed
+from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import cached_limits
 from gwp_edge.profiling.schema import ProfileReport
 from gwp_edge.profiling.system_sampler import SystemSampler
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
-from gwp_edge.runtime import run
+from gwp_edge.runtime import Watcher, run
 from gwp_edge.telemetry import RunSummary
 
 Progress = Callable[[str, int, int], None]
@@ -59,11 +64,13 @@ def profile_engine(
     threads: int | None = None,
     task: str | None = None,
     progress: Progress | None = None,
+    on_live: LiveCallback | None = None,
 ) -> tuple[ProfileReport, list[Raw]]:
     """Profile a bundle's engine on random observations: no robot, no cameras, no motor loop.
 
     Each repetition loads the bundle anew, so that each has its own cold call. Returns the report
-    and what was collected, repetition by repetition.
+    and what was collected, repetition by repetition. ``on_live`` is called between chunks, about
+    twice a second, with the figures so far.
 
     Raises:
         SpecError: the bundle or an option does not fit.
@@ -89,6 +96,7 @@ def profile_engine(
                         duration_s=options.duration_s + options.warmup_s,
                         n_max=None,
                         sampler=sampler,
+                        on_live=on_live,
                     )
                 )
             finally:
@@ -150,6 +158,10 @@ def profile_robot(
     on_status: StatusCallback | None = None,
     keys: KeySource | None = None,
     progress: Progress | None = None,
+    on_live: LiveCallback | None = None,
+    watchers: Sequence[Watcher] = (),
+    watched_by: Sequence[str] = (),
+    execution: str | None = None,
 ) -> tuple[ProfileReport, RunSummary, list[Raw]]:
     """Run a robot and profile it; the report is there however the run ended.
 
@@ -159,6 +171,10 @@ def profile_robot(
         on_status: as ``runtime.run``.
         keys: likewise.
         progress: called while the machine's limits are measured, before anything moves.
+        on_live: called from another thread, twice a second, with the figures so far.
+        watchers: others that listen to the run.
+        watched_by: their names, for the report.
+        execution: name of how chunks follow each other, for the report.
 
     Returns:
         The report, the summary of the last run, and what was collected, run by run.
@@ -202,21 +218,34 @@ def profile_robot(
         provider=provider or None,
         threads=n_threads,
         motor_hz=run_options.motor.rate_hz,
+        execution=execution,
+        watched_by=watched_by,
         duration_s=options.duration_s,
         warmup_s=options.warmup_s,
         repeat=options.repeat,
         disturbances=disturbances.texts,
     )
-    raws, summaries = _runs(run_options, options, on_status, keys)
+    cameras = tuple(c.role for c in robot.cameras)
+    every_frame = policy.replan_hz is None and not policy.synchronous
+
+    def listen() -> Listener:
+        return Listener(
+            run_options.spec,
+            SystemSampler() if options.sample_system else None,
+            feed=LiveFeed(cameras, every_frame=every_frame, motor_hz=run_options.motor.rate_hz),
+            on_live=on_live,
+        )
+
+    raws, summaries = _runs(run_options, options, on_status, keys, listen, watchers)
     report = build_report(
         raws,
         run_options.spec,
         context,
-        cameras=tuple(c.role for c in robot.cameras),
+        cameras=cameras,
         manifest=manifest,
         limits=limits,
         why_no_limits=why,
-        every_frame=policy.replan_hz is None and not policy.synchronous,
+        every_frame=every_frame,
         outcome=summaries[-1].outcome,
         n_holds=sum(s.n_holds for s in summaries),
         faults=tuple(fault for s in summaries for fault in s.faults),
@@ -230,26 +259,29 @@ def _runs(
     options: ProfileOptions,
     on_status: StatusCallback | None,
     keys: KeySource | None,
+    listen: Callable[[], Listener],
+    watchers: Sequence[Watcher],
 ) -> tuple[list[Raw], list[RunSummary]]:
     """Run it as often as asked for, or until it ends badly."""
     raws: list[Raw] = []
     summaries: list[RunSummary] = []
     with Around(options.disturbances) as around:
         for _ in range(options.repeat):
-            listener = Listener(
-                run_options.spec, SystemSampler() if options.sample_system else None
-            )
+            listener = listen()
 
             def see(status: RunStatus, listener: Listener = listener) -> None:
                 listener.see(status)
                 around.see(status)
                 if on_status is not None:
+                    cpu_s = time.thread_time()
                     on_status(status)
+                    listener.view_s += time.thread_time() - cpu_s
 
+            everybody = Together((listener, *watchers))
             try:
-                summaries.append(run(run_options, on_status=see, keys=keys, watcher=listener))
+                summaries.append(run(run_options, on_status=see, keys=keys, watcher=everybody))
             finally:
-                listener.end()
+                everybody.end()
             raws.append(listener.raw())
             if summaries[-1].outcome != "duration":
                 break

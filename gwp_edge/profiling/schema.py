@@ -13,45 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.bench import StageReport
-from gwp_edge.machine_limits import Limits, Machine
+from gwp_edge.machine_limits import Limits
+from gwp_edge.profiling.columns import Chunks, Phase
+from gwp_edge.profiling.context import Context
 
 SCHEMA = "gwp-edge.profile"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-Phase = Literal["cold", "warm", "steady"]
 Level = Literal["good", "warn", "bad"]
 _MIN_FOR_P999 = 1000
-
-# One chunk from the capture of its oldest frame to the first command of it, in order and without
-# gaps: the sum is "frame to command".
-SEGMENTS = (
-    "frame age",
-    "observe",
-    "guide",
-    "preprocess",
-    "vision",
-    "prefill",
-    "denoise",
-    "postprocess",
-    "publish",
-    "adopt",
-    "tick",
-    "send",
-)
-GROUPS = {
-    "frame age": "camera",
-    "observe": "camera",
-    "guide": "engine",
-    "preprocess": "engine",
-    "vision": "engine",
-    "prefill": "engine",
-    "denoise": "engine",
-    "postprocess": "engine",
-    "publish": "loop",
-    "adopt": "loop",
-    "tick": "loop",
-    "send": "bus",
-}
 
 
 class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,82 +59,6 @@ class Summary(_Struct, frozen=True, kw_only=True):
             p999=float(np.percentile(array, 99.9)) if enough else None,
             max=float(array.max()),
         )
-
-
-class Context(_Struct, frozen=True, kw_only=True):
-    """All that a reader must know to judge the numbers.
-
-    Attributes:
-        command_line: as typed.
-        started_at: UTC, ISO 8601.
-        robot: name, or None for the engine alone.
-        bundle: folder.
-        bundle_id: hash of spec and files; None where the policy is no bundle.
-        precision: of the bundle.
-        engine: which runs it.
-        provider: of the engine.
-        threads: CPU threads of the engine; None is the engine's choice.
-        n_rows: rows of a chunk.
-        period_ms: time between rows.
-        n_steps: denoising steps.
-        motor_hz: asked rate of the motor loop.
-        duration_s: asked.
-        warmup_s: left out of the steady phase.
-        repeat: how often.
-        disturbances: what was injected on purpose.
-        synchronised: how device work is waited for when a stage is timed.
-        power_mode: of a Jetson.
-        machine: processor, clocks, versions, commit.
-    """
-
-    command_line: tuple[str, ...]
-    started_at: str
-    robot: str | None
-    bundle: str | None
-    bundle_id: str | None
-    precision: str | None
-    engine: str | None
-    provider: str | None
-    threads: int | None
-    n_rows: int
-    period_ms: float
-    n_steps: int
-    motor_hz: float | None
-    duration_s: float
-    warmup_s: float
-    repeat: int
-    disturbances: tuple[str, ...]
-    synchronised: str
-    power_mode: str | None
-    machine: Machine
-
-
-class Chunks(_Struct, frozen=True, kw_only=True):
-    """The chunks themselves, one column each; ms, None where it does not apply.
-
-    Attributes:
-        t_s: start of the chunk since the first stamp.
-        phase: of each.
-        segments_ms: by name of the segment.
-        steps_ms: every denoising step of every chunk.
-        transport_ms: capture to received, oldest frame.
-        frame_to_chunk_ms: capture to published.
-        frame_to_command_ms: capture to the first command of the chunk.
-        interval_ms: from the adoption of the chunk before.
-        slack_ms: what was left of the plan before, when this one took over.
-        n_decimated: chunks left out of these columns, never out of percentiles.
-    """
-
-    t_s: list[float]
-    phase: list[Phase]
-    segments_ms: dict[str, list[float | None]]
-    steps_ms: list[list[float]]
-    transport_ms: list[float | None]
-    frame_to_chunk_ms: list[float | None]
-    frame_to_command_ms: list[float | None]
-    interval_ms: list[float | None]
-    slack_ms: list[float | None]
-    n_decimated: int = 0
 
 
 class MotorReport(_Struct, frozen=True, kw_only=True):
@@ -219,6 +113,10 @@ class CameraReport(_Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: role.
+        clock: whose clock told the time of capture, as ``types.ClockDomain``.
+        n_made: frames that it numbered from the first one used to the last one used.
+        n_used: those that a plan began from.
+        health: the driver's own account at the end of the run, None where it keeps none.
         period_ms: between frames.
         n_expected: frames that a plan should have begun from.
         n_missing: those that were not there.
@@ -226,6 +124,10 @@ class CameraReport(_Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    clock: str | None
+    n_made: int
+    n_used: int
+    health: str | None = None
     period_ms: float | None
     n_expected: int
     n_missing: int
@@ -302,6 +204,13 @@ class Roofline(_Struct, frozen=True, kw_only=True):
     why_not: str | None = None
 
 
+class BusReport(_Struct, frozen=True, kw_only=True):
+    """One CAN bus over the run: how much each of the kernel's counters grew."""
+
+    name: str
+    counts: dict[str, int]
+
+
 class SystemReport(_Struct, frozen=True, kw_only=True):
     """What the system did meanwhile, one column each, on the same clock.
 
@@ -310,6 +219,7 @@ class SystemReport(_Struct, frozen=True, kw_only=True):
         columns: by name with unit, such as ``cpu0_percent`` or ``policy_rss_mb``.
         peaks: largest value of each column.
         throttled: parts that were slowed down.
+        buses: CAN counters; empty where there is no CAN bus.
         source: where it comes from.
     """
 
@@ -317,6 +227,7 @@ class SystemReport(_Struct, frozen=True, kw_only=True):
     columns: dict[str, list[float | None]]
     peaks: dict[str, float]
     throttled: tuple[str, ...]
+    buses: tuple[BusReport, ...]
     source: tuple[str, ...]
 
 
@@ -327,13 +238,17 @@ class Cost(_Struct, frozen=True, kw_only=True):
         listener_percent: processor time of the listening thread, of one core.
         sampler_percent: the part of it for the system's counters.
         stamp_us: to note one chunk, measured here.
-        tick_us: what profiling adds to a tick, measured here.
+        tick_us: to note one motor tick, measured here.
+        view_percent: of the live view, of one core.
+        stamp_percent: of the median chunk.
         n_lost: records that were overwritten before they were read, by kind.
     """
 
     listener_percent: float
     sampler_percent: float
+    view_percent: float
     stamp_us: float
+    stamp_percent: float | None
     tick_us: float
     n_lost: dict[str, int]
 

@@ -6,15 +6,16 @@ noting it delays no command. Adoption and first command come from the motor's ti
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 
 from gwp_edge.telemetry import StageTimes
-from gwp_edge.types import Observation
+from gwp_edge.types import ClockDomain, Observation
 
 MAX_STEPS: Final = 64
 MAX_CAMERAS: Final = 8
+_DOMAINS: Final[tuple[ClockDomain, ...]] = get_args(ClockDomain)
 
 # Stages of one prediction end at ``t_predicted_ns`` and follow each other without gaps, so their
 # moments need no stamps of their own. ``chunk_idx`` is negative for the calls of the preflight:
@@ -40,6 +41,8 @@ STAMP_DTYPE: Final = np.dtype(
         ("t_captured_ns", np.int64, (MAX_CAMERAS,)),
         ("t_received_ns", np.int64, (MAX_CAMERAS,)),
         ("frame_idx", np.int64, (MAX_CAMERAS,)),
+        # Index into the values of ``ClockDomain``: whose clock told the time of capture.
+        ("domain", np.int64, (MAX_CAMERAS,)),
     ]
 )
 
@@ -90,4 +93,5 @@ def stamp_record(
         tuple(f.t_captured_ns for f in frames) + no_frames,
         tuple(f.t_received_ns for f in frames) + no_frames,
         tuple(f.frame_idx for f in frames) + no_frames,
+        tuple(_DOMAINS.index(f.domain) for f in frames) + no_frames,
     )

@@ -1,28 +1,33 @@
-"""What the system does meanwhile: load and clock of every core, memory, heat, bus counters.
+"""What the system does meanwhile: load and clock of every core, memory, heat, fans, bus counters.
 
-Reads small files of /proc and /sys through the doctor's ``System``. On a Jetson ``tegrastats`` adds
-GPU, memory clock and power rails; its lines are parsed by NVIDIA's description of them, and this
-is not yet run on hardware. PSS is left out: reading it makes the kernel walk the process's pages
-while the process waits.
+Reads small files of /proc and /sys through the doctor's ``System``; ``jetson_stats`` adds what only
+a Jetson tells. PSS is read from one process at a time, every five seconds: the kernel walks all
+pages of the process for it, and that takes longer than everything else here together.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from gwp_edge.doctor.system import LocalSystem, System, read_int
+from gwp_edge.profiling.jetson_stats import JetsonSource, open_jetson_source
 
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
-_TEGRASTATS_MS: Final = 500
-_CAN_COUNTERS: Final = ("rx_packets", "tx_packets", "rx_errors", "tx_errors", "tx_dropped")
+_PSS_EVERY_NS: Final = 5_000_000_000
+CAN_COUNTERS: Final = (
+    "rx_packets",
+    "tx_packets",
+    "rx_errors",
+    "tx_errors",
+    "rx_dropped",
+    "tx_dropped",
+    "rx_over_errors",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +45,13 @@ class SystemSampler:
 
     Args:
         system: where files come from.
-        tegrastats: run it where it is installed.
+        jetson: ask jetson-stats or tegrastats where there is one.
 
     Attributes:
         pids: processes to follow, by name; 0 for none.
     """
 
-    def __init__(self, system: System | None = None, *, tegrastats: bool = True) -> None:
+    def __init__(self, system: System | None = None, *, jetson: bool = True) -> None:
         self._system = system or LocalSystem()
         self.pids: dict[str, int] = {}
         self._t_ns: list[int] = []
@@ -58,7 +63,20 @@ class SystemSampler:
         self._zones = self._readable_zones()
         self._coolers = self._system.glob("/sys/class/thermal/cooling_device*")
         self._buses = self._system.glob("/sys/class/net/can*/statistics")
-        self._tegrastats = _Tegrastats.start() if tegrastats else None
+        self._fans = self._readable_fans()
+        self._jetson: JetsonSource | None = open_jetson_source() if jetson else None
+        self._t_pss_ns = 0
+        self._n_pss = 0
+
+    @property
+    def power_mode(self) -> str | None:
+        """What jetson-stats calls the power mode, None elsewhere."""
+        return self._jetson.power_mode if self._jetson is not None else None
+
+    @property
+    def newest(self) -> dict[str, float]:
+        """The newest sample; empty before the first. Any thread may ask."""
+        return self._rows[-1] if self._rows else {}
 
     def sample_every(self, period_s: float) -> None:
         """Take a sample if the last one is that old."""
@@ -72,19 +90,23 @@ class SystemSampler:
         self._take_cpus(row)
         self._take_memory(row)
         self._take_processes(row, now_ns)
+        if now_ns - self._t_pss_ns >= _PSS_EVERY_NS:
+            self._take_pss(row, now_ns)
         self._take_heat(row)
         for bus in self._buses:
             name = bus.split("/")[-2]
-            for counter in _CAN_COUNTERS:
+            for counter in CAN_COUNTERS:
                 _put(row, f"{name}_{counter}", read_int(self._system, f"{bus}/{counter}"))
-        if self._tegrastats is not None:
-            row.update(parse_tegrastats(self._tegrastats.line))
+        for name, path in self._fans:
+            _put(row, name, read_int(self._system, path))
+        if self._jetson is not None:
+            row.update(self._jetson.read())
         self._t_ns.append(now_ns)
         self._rows.append(row)
 
     def samples(self) -> SystemSamples:
         """Return all samples so far."""
-        sources = ["/proc", "/sys"] + (["tegrastats"] if self._tegrastats is not None else [])
+        sources = ["/proc", "/sys"] + ([self._jetson.name] if self._jetson is not None else [])
         return SystemSamples(
             t_ns=list(self._t_ns),
             rows=list(self._rows),
@@ -94,8 +116,8 @@ class SystemSampler:
 
     def close(self) -> None:
         """End what was started; safe to call twice."""
-        if self._tegrastats is not None:
-            self._tegrastats.stop()
+        if self._jetson is not None:
+            self._jetson.close()
 
     def _readable_zones(self) -> list[tuple[str, str]]:
         zones = []
@@ -104,6 +126,15 @@ class SystemSampler:
                 label = self._system.read(f"{zone}/type") or zone.rsplit("/", 1)[-1]
                 zones.append((f"{label}_c", f"{zone}/temp"))
         return zones
+
+    def _readable_fans(self) -> list[tuple[str, str]]:
+        fans = []
+        for folder in self._system.glob("/sys/class/hwmon/hwmon*"):
+            label = self._system.read(f"{folder}/name") or folder.rsplit("/", 1)[-1]
+            for file, unit in (("fan1_input", "rpm"), ("rpm", "rpm"), ("pwm1", "pwm")):
+                if read_int(self._system, f"{folder}/{file}") is not None:
+                    fans.append((f"{label}_{unit}", f"{folder}/{file}"))
+        return fans
 
     def _take_cpus(self, row: dict[str, float]) -> None:
         for line in (self._system.read("/proc/stat") or "").splitlines():
@@ -145,6 +176,18 @@ class SystemSampler:
                 row[f"{name}_minor_faults"] = float(minor - before[2])
                 row[f"{name}_major_faults"] = float(major - before[3])
 
+    def _take_pss(self, row: dict[str, float], now_ns: int) -> None:
+        """Read the share of memory of one process; the next time it is the next one's turn."""
+        live = [(name, pid) for name, pid in self.pids.items() if pid]
+        if not live:
+            return
+        self._t_pss_ns = now_ns
+        name, pid = live[self._n_pss % len(live)]
+        self._n_pss += 1
+        text = self._system.read(f"/proc/{pid}/smaps_rollup") or ""
+        found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+        _put(row, f"{name}_pss_mb", int(found[1]) / 1024 if found is not None else None)
+
     def _take_heat(self, row: dict[str, float]) -> None:
         for name, path in self._zones:
             now_mc = read_int(self._system, path)
@@ -160,71 +203,3 @@ class SystemSampler:
 def _put(row: dict[str, float], name: str, value: float | None) -> None:
     if value is not None:
         row[name] = float(value)
-
-
-def parse_tegrastats(line: str) -> dict[str, float]:
-    """Return the numbers of one line of ``tegrastats``, by name with unit.
-
-    Not yet run on hardware; the fields are those that NVIDIA's developer guide describes: GPU
-    load ``GR3D_FREQ 45%@[1300]``, memory clock ``EMC_FREQ 12%@3199``, temperatures ``gpu@46.5C``
-    and rails ``VDD_GPU_SOC 2400mW/2400mW``, now and on average.
-    """
-    row: dict[str, float] = {}
-    for key, name in (("GR3D_FREQ", "gpu"), ("EMC_FREQ", "emc")):
-        found = re.search(rf"\b{key} (\d+)%(?:@\[?(\d+))?", line)
-        if found is not None:
-            row[f"{name}_percent"] = float(found[1])
-            if found[2] is not None:
-                row[f"{name}_mhz"] = float(found[2])
-    for zone, degrees in re.findall(r"\b([A-Za-z][\w-]*)@(-?\d+(?:\.\d+)?)C\b", line):
-        # A part that is switched off reports -256.
-        if float(degrees) > -200:
-            row[f"{zone}_c"] = float(degrees)
-    for rail, now in re.findall(r"\b([A-Z][A-Z0-9_]*) (\d+)mW/\d+mW", line):
-        row[f"{rail}_w"] = float(now) / 1e3
-    return row
-
-
-@dataclass(slots=True)
-class _Tegrastats:
-    """A running ``tegrastats`` and its newest line. Not yet run on hardware.
-
-    Threads: one owner; a thread of its own reads lines until the process ends.
-    """
-
-    process: subprocess.Popen[str]
-    line: str = ""
-    _thread: threading.Thread | None = field(default=None)
-
-    @classmethod
-    def start(cls) -> _Tegrastats | None:
-        """Start it; None where it is not installed."""
-        path = shutil.which("tegrastats")
-        if path is None:
-            return None
-        process = subprocess.Popen(
-            [path, "--interval", str(_TEGRASTATS_MS)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        stats = cls(process)
-        stats._thread = threading.Thread(target=stats._read, name="gwp-tegrastats", daemon=True)
-        stats._thread.start()
-        return stats
-
-    def _read(self) -> None:
-        if self.process.stdout is not None:
-            for line in self.process.stdout:
-                self.line = line
-
-    def stop(self) -> None:
-        """End it; safe to call twice."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait(timeout=5.0)
-        if self._thread is not None:
-            self._thread.join(5.0)
-        if self.process.stdout is not None:
-            self.process.stdout.close()

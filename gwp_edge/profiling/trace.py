@@ -11,8 +11,9 @@ from typing import Final
 import numpy as np
 
 from gwp_edge.profiling.chunks import COLD, ChunkTable, chunk_table, moving
-from gwp_edge.profiling.collect import Raw
-from gwp_edge.profiling.schema import SEGMENTS, Context
+from gwp_edge.profiling.columns import SEGMENTS
+from gwp_edge.profiling.context import Context
+from gwp_edge.profiling.raw import Raw
 from gwp_edge.spec import PolicySpec
 
 Event = dict[str, object]
@@ -31,7 +32,7 @@ _MAX_TICKS: Final = 200_000
 
 def to_trace(raw: Raw, spec: PolicySpec, context: Context) -> dict[str, object]:
     """Return the trace of one run, for ``json``."""
-    table = chunk_table(raw, spec, warmup_s=context.warmup_s)
+    table = chunk_table(raw, spec, warmup_s=context.warmup_s or 0.0)
     events: list[Event] = []
     for pid, name in _PROCESSES.items():
         events.append(_meta("process_name", pid, 0, name))

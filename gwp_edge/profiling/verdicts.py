@@ -7,9 +7,8 @@ from typing import Final
 import numpy as np
 
 from gwp_edge.profiling.chunks import ChunkTable
+from gwp_edge.profiling.columns import GROUPS, SEGMENTS
 from gwp_edge.profiling.schema import (
-    GROUPS,
-    SEGMENTS,
     Budget,
     CameraReport,
     Level,

@@ -40,6 +40,9 @@ from gwp_edge.bundle import (
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
+from gwp_edge.profiling.columns import Chunks
+from gwp_edge.profiling.compare import compare, differs_in, main_quantity, read_report
+from gwp_edge.profiling.context import make_context
 from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import CameraView, CanvasSpec, Channel, NetworkSpec, PolicySpec, Statistics
 
@@ -174,6 +177,11 @@ def test_time_engine_counts_every_pass_and_drops_the_warm_up():
     assert times.stages["prefill"] == [5_000_000] * 4
     assert times.stages["denoise"] == [2_000_000] * 12
     assert times.chunks == [21_000_000] * 4
+    columns = times.columns
+    assert columns.phase == ["cold", *["steady"] * 4]
+    assert columns.segments_ms["denoise"] == [60.0, *[6.0] * 4]
+    assert columns.steps_ms[1:] == [[2.0] * 3] * 4
+    assert columns.t_s == pytest.approx([0.0, 0.21, 0.231, 0.252, 0.273])
 
 
 def test_time_engine_answer_not_finite_is_refused():
@@ -230,7 +238,9 @@ def test_judge_memory_bound_stage_is_held_to_the_streaming_rate():
 
 def test_judge_engine_chunk_costs_all_its_steps():
     times = EngineTimes(
-        stages={"vision": [10], "prefill": [10], "denoise": [10, 10, 10]}, chunks=[50]
+        stages={"vision": [10], "prefill": [10], "denoise": [10, 10, 10]},
+        chunks=[50],
+        columns=_columns(1),
     )
     stages, chunk = judge_engine(times, _manifest(), LIMITS)
     assert chunk.gflop * 1e9 == pytest.approx(1500 + 300 + 3 * 250)
@@ -299,6 +309,29 @@ def test_describe_machine_says_what_a_reader_needs():
 # -- reports and budgets --------------------------------------------------------------------------
 
 
+def _columns(n, vision_ms=1.0):
+    none = [None] * n
+    return Chunks(
+        t_s=[float(i) for i in range(n)],
+        phase=["steady"] * n,
+        segments_ms={"vision": [vision_ms] * n, "prefill": [1.0] * n, "denoise": [3.0] * n},
+        steps_ms=[[1.0, 1.0, 1.0]] * n,
+        transport_ms=none,
+        frame_to_chunk_ms=none,
+        frame_to_command_ms=none,
+        interval_ms=none,
+        slack_ms=none,
+    )
+
+
+def _context(precision="fp32", provider="cpu"):
+    made = make_context(
+        _spec(), describe_machine(()), manifest=None, bundle="gwp05-wide4", robot=None,
+        engine="ort", provider=provider, threads=2, motor_hz=None, duration_s=None, warmup_s=None,
+    )  # fmt: skip
+    return msgspec.structs.replace(made, precision=precision)
+
+
 def _report(ratio=0.3, floor_ratio=1.2, difference=1e-6, eager=True, **changes):
     chunk = judge([int(10e6 * floor_ratio)], Cost(flops=10**9, n_bytes=1000), LIMITS)
     times = Times.of([1_000_000])
@@ -307,12 +340,11 @@ def _report(ratio=0.3, floor_ratio=1.2, difference=1e-6, eager=True, **changes):
         "schema_version": SCHEMA_VERSION,
         "size": "gwp05-wide4",
         "family": "gwp-0.5",
-        "precision": "fp32",
-        "engine": "ort",
-        "provider": "cpu",
-        "n_steps": 10,
+        "context": _context(
+            **{k: changes.pop(k) for k in ("precision", "provider") & changes.keys()}
+        ),
         "warmup": 1,
-        "machine": describe_machine(()),
+        "chunks": _columns(3),
         "limits": LIMITS,
         "stages": {"vision": chunk},
         "chunk": chunk,
@@ -329,6 +361,23 @@ def test_report_survives_json():
     report = _report()
     text = json.dumps(msgspec.to_builtins(report))
     assert msgspec.json.decode(text, type=BenchReport) == report
+
+
+def test_compare_reads_two_benches(tmp_path):
+    reports = []
+    for i, vision_ms in enumerate((10.0, 20.0)):
+        path = tmp_path / f"{i}.json"
+        made = _report(chunks=_columns(120, vision_ms))
+        path.write_bytes(msgspec.json.encode(made))
+        reports.append(read_report(path))
+        assert reports[-1] == made
+    found = {(d.quantity, d.statistic): d for d in compare(*reports)}
+    assert found["vision", "p50"].verdict == "slower"
+    assert found["vision", "p50"].change_percent == pytest.approx(100.0)
+    assert found["prefill", "p50"].verdict == "no difference shown"
+    assert main_quantity(reports[1]) == "chunk"
+    assert found["chunk", "p99"].change_percent == pytest.approx(100 * 10 / 14)
+    assert differs_in(*reports) == []
 
 
 def test_check_budgets_kept_says_nothing():

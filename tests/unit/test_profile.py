@@ -13,9 +13,11 @@ from gwp_edge.drivers.disturbed import DisturbedCamera
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
 from gwp_edge.mailbox import TICK_DTYPE, command_dtype, state_dtype
-from gwp_edge.profiling.build import build_report, make_context
-from gwp_edge.profiling.chunks import camera_reports, chunk_table
-from gwp_edge.profiling.collect import Listener, Raw, measure_cost
+from gwp_edge.profiling.build import build_report
+from gwp_edge.profiling.cameras import camera_reports
+from gwp_edge.profiling.chunks import chunk_table
+from gwp_edge.profiling.collect import Listener
+from gwp_edge.profiling.columns import SEGMENTS
 from gwp_edge.profiling.compare import (
     compare,
     failed_gates,
@@ -23,12 +25,16 @@ from gwp_edge.profiling.compare import (
     parse_gate,
     read_report,
 )
+from gwp_edge.profiling.context import make_context
+from gwp_edge.profiling.cost import measure_cost
 from gwp_edge.profiling.disturb import disturbed_robot, parse_disturbances
 from gwp_edge.profiling.html_report import to_html
+from gwp_edge.profiling.jetson_stats import parse_tegrastats
+from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import cached_limits
-from gwp_edge.profiling.schema import SEGMENTS, Summary
+from gwp_edge.profiling.schema import Summary
 from gwp_edge.profiling.stamps import MAX_CAMERAS, MAX_STEPS, STAMP_DTYPE
-from gwp_edge.profiling.system_sampler import SystemSampler, parse_tegrastats
+from gwp_edge.profiling.system_sampler import SystemSampler
 from gwp_edge.profiling.trace import to_trace
 from gwp_edge.robots import load_robot
 from gwp_edge.status import Mode, TickFlag
@@ -83,6 +89,7 @@ class Story:
             stages["prefill"], stages["postprocess"], 0,
             tuple(round(s * MS) for s in self.steps) + rest,
             (captured, *cameras), (captured + 2 * MS, *cameras), (idx, *cameras),
+            (3, *cameras),
         )  # fmt: skip
 
     def _ticks(self, stamps):
@@ -331,11 +338,11 @@ def test_report_survives_json_and_page_holds_it(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "not a profile"),
-        (b"[]", "not a profile"),
-        (b'{"schema": "gwp-edge.bench", "schema_version": 1}', "gwp-edge.bench"),
+        (b"{", "is no report"),
+        (b"[]", "is no report"),
+        (b'{"schema": "gwp-edge.run", "schema_version": 1}', "gwp-edge.run"),
         (b'{"schema": "gwp-edge.profile", "schema_version": 99}', "99"),
-        (b'{"schema": "gwp-edge.profile", "schema_version": 1}', "profile again"),
+        (b'{"schema": "gwp-edge.profile", "schema_version": 2}', "measure again"),
     ],
 )
 def test_read_report_of_something_else_is_refused(tmp_path, content, words):
@@ -465,7 +472,7 @@ class FakeSystem:
 
 def test_system_sampler_reads_load_memory_heat_and_bus():
     system = FakeSystem()
-    sampler = SystemSampler(system, tegrastats=False)
+    sampler = SystemSampler(system, jetson=False)
     sampler.pids = {"motor": 7, "policy": 0, "gone": 99}
     sampler.sample()
     system.files["/proc/stat"] = "cpu0 175 0 100 825 0 0 0 0 0 0"
