@@ -158,7 +158,7 @@ class Board:
         stamps: likewise, in detail, for profiles.
         lateness_us: histogram of the motor's wake-up lateness, 1 us bins; the last one is open.
         busy_us: histogram of the time from wake-up to sent, likewise.
-        interventions: shape (D, 3), ticks limited by position, velocity, acceleration.
+        interventions: shape (D, 4), ticks limited by position, velocity, acceleration, workspace.
     """
 
     def __init__(self, segment: SharedSegment, n_channels: int, n_rows: int) -> None:
@@ -182,7 +182,7 @@ class Board:
         self.events = {who: EventRing(ring) for who, ring in self._event_rings.items()}
         self.lateness_us = _array(parts["lateness"], (N_HISTOGRAM_BINS,))
         self.busy_us = _array(parts["busy"], (N_HISTOGRAM_BINS,))
-        self.interventions = _array(parts["interventions"], (n_channels, 3))
+        self.interventions = _array(parts["interventions"], (n_channels, 4))
         self._n_chunks_read = 0
         self._closed = False
 
@@ -346,7 +346,7 @@ def _sections(n_channels: int, n_rows: int) -> dict[str, tuple[int, int]]:
         "stamps": RecordRing.size_bytes(STAMP_DTYPE, _N_STAMPS),
         "lateness": 8 * N_HISTOGRAM_BINS,
         "busy": 8 * N_HISTOGRAM_BINS,
-        "interventions": 8 * 3 * n_channels,
+        "interventions": 8 * 4 * n_channels,
     }
     for who in _SPEAKERS:
         sizes[f"events_{who}"] = RecordRing.size_bytes(_EVENT_DTYPE, _N_EVENTS)

@@ -6,6 +6,8 @@ Nothing but ``_send`` commands the arm, and what it sends has always gone throug
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault
@@ -17,6 +19,7 @@ from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
+from gwp_edge.workspace import ArmInBox
 
 __all__ = ["MotorLoop", "MotorOptions"]
 
@@ -48,6 +51,7 @@ class MotorLoop:
         *,
         limits: JointLimits,
         park: FloatArray | None = None,
+        workspace: Sequence[ArmInBox] = (),
     ) -> None:
         self._arm = arm
         self._board = board
@@ -61,6 +65,7 @@ class MotorLoop:
             period_s=options.period_ns / 1e9,
             channels=channels,
             refuse_far=options.refuse_far,
+            workspace=workspace,
         )
         self._schedule = Schedule(
             limits, lead_ns=options.lead_ns, blend=options.blend, rebase=options.synchronous

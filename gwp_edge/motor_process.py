@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 
 from gwp_edge.clock import MonotonicClock
-from gwp_edge.errors import DeviceError, GwpError
+from gwp_edge.errors import DeviceError, GwpError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorLoop
 from gwp_edge.motor_options import MotorOptions
@@ -20,6 +20,8 @@ from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word
 from gwp_edge.telemetry import CheckResult
+from gwp_edge.types import FloatArray
+from gwp_edge.workspace import Workspace, find_arms
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,15 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
     words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
     limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
     park = park_pose(setup.robot, arm.channels)
+    workspace = find_arms(setup.robot.workspace, arm.channels, setup.robot.arm.kind)
+    if workspace:
+        _check_workspace(Workspace(workspace, ()), arm.state().position, park, board)
     if not _await_enable(arm, board, clock, options, life):
         return
     if not options.dry_run:
         arm.close()
         arm.open(enable=True)
-    loop = MotorLoop(arm, board, clock, options, limits=limits, park=park)
+    loop = MotorLoop(arm, board, clock, options, limits=limits, park=park, workspace=workspace)
     loop.begin(arm.state())
     warnings = make_realtime(priority=options.priority, cpu=options.cpu, scheduler=options.realtime)
     for warning in warnings:
@@ -119,6 +124,24 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
         raise
     # Nothing moves any more: what was sent last is a pose to hold.
     words[Word.MOTOR_ARMED] = 0
+
+
+def _check_workspace(
+    workspace: Workspace, position: FloatArray, park: FloatArray | None, board: Board
+) -> None:
+    """Say whether every tool is inside; before the arm is enabled.
+
+    Raises:
+        SpecError: the park pose is outside.
+    """
+    outside = workspace.outside(park.tolist()) if park is not None else None
+    if outside is not None:
+        raise SpecError(f"in the park pose {outside}; correct the robot file")
+    outside = workspace.outside(position.tolist())
+    where = "every tool is inside of its box"
+    advice = "; move the arm inside by hand or widen [workspace]"
+    detail = where if outside is None else outside + advice
+    _say_check(board, CheckResult(name="workspace", passed=outside is None, detail=detail))
 
 
 def _say_check(board: Board, result: CheckResult) -> None:

@@ -19,6 +19,7 @@ from gwp_edge.errors import SpecError
 from gwp_edge.protocols import Arm, Camera, World
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import FloatArray, JointLimits
+from gwp_edge.workspace import WorkspaceBox, find_arms
 
 ARMS: Final[dict[str, str]] = {
     "kinematic": "gwp_edge.drivers.kinematic:create_arm",
@@ -121,6 +122,7 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         limits: by channel name; only ever tighten the arm's own.
         observation: when frames and state are too old to act on.
         park: pose to park in by channel name, rad and m; without, parking is holding.
+        workspace: box that a tool must not leave, by arm: ``arm``, or ``left`` and ``right``.
     """
 
     name: str
@@ -130,6 +132,7 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     limits: dict[str, ChannelLimits] = msgspec.field(default_factory=dict)
     observation: ObservationConfig = msgspec.field(default_factory=ObservationConfig)
     park: dict[str, float] = msgspec.field(default_factory=dict)
+    workspace: dict[str, WorkspaceBox] = msgspec.field(default_factory=dict)
 
     @property
     def is_simulated(self) -> bool:
@@ -348,6 +351,10 @@ def _check_fits(robot: RobotConfig, spec: PolicySpec, where: str) -> None:
             f"{where}: {', '.join(strangers)} is no channel of the policy; it has "
             f"{', '.join(c.name for c in spec.channels)}"
         )
+    try:
+        find_arms(robot.workspace, spec.channels, robot.arm.kind)
+    except SpecError as e:
+        raise SpecError(f"{where}: {e}") from e
 
 
 def _factory(

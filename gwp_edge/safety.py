@@ -17,10 +17,12 @@ import numpy as np
 from gwp_edge.errors import SpecError
 from gwp_edge.spec import Channel
 from gwp_edge.types import FloatArray, JointLimits
+from gwp_edge.workspace import ArmInBox, Workspace
 
 POSITION: Final = 1
 VELOCITY: Final = 2
 ACCELERATION: Final = 4
+WORKSPACE: Final = 64
 
 MARGIN_RAD: Final = math.radians(2.0)
 MARGIN_M: Final = 0.0
@@ -107,9 +109,13 @@ class Limiter:
     A pose outside the position limits (PiPER rests on its stops) is not corrected by a motion of
     its own: the limit in force follows the command inwards and never lets it out again.
 
+    With a workspace the tool, too, stays inside of its box; an arm whose tool comes to a wall
+    brakes there as a whole and goes on when its target leads back inside.
+
     Attributes:
         position: the last command, shape (D,); overwritten by the next one.
-        flags: per channel, which limits acted at the last tick (POSITION, VELOCITY, ACCELERATION).
+        flags: per channel, which limits acted at the last tick (POSITION, VELOCITY, ACCELERATION,
+            WORKSPACE).
         rejected: why the last target was rejected, or None.
     """
 
@@ -120,6 +126,7 @@ class Limiter:
         period_s: float,
         channels: Sequence[Channel] = (),
         refuse_far: bool = True,
+        workspace: Sequence[ArmInBox] = (),
     ) -> None:
         if not period_s > 0:
             raise SpecError(f"limiter: period must be positive, got {period_s} s")
@@ -147,6 +154,8 @@ class Limiter:
         self.flags = [0] * len(units)
         self.rejected: str | None = None
         self._is_rad = [unit == "rad" for unit in units]
+        steps = [j.step for j in self._joints]
+        self._workspace = Workspace(workspace, steps) if workspace else None
         self.set_speed_limit(None)
 
     @property
@@ -174,10 +183,14 @@ class Limiter:
         """Begin at ``position``, at rest.
 
         Raises:
-            SpecError: ``position`` is not finite or has another length.
+            SpecError: ``position`` is not finite, has another length, or a tool is outside of its
+                workspace.
         """
         if position.shape != self.position.shape or not np.isfinite(position).all():
             raise SpecError(f"limiter: cannot begin at {position}; the arm's state is not usable")
+        outside = self._workspace.outside(position.tolist()) if self._workspace else None
+        if outside is not None:
+            raise SpecError(f"{outside}; move the arm inside by hand or widen [workspace]")
         for j, p, is_rad in zip(self._joints, position.tolist(), self._is_rad, strict=True):
             snapped = min(max(p, j.low), j.high)
             if abs(snapped - p) <= (_SEED_SNAP_RAD if is_rad else _SEED_SNAP_M):
@@ -227,11 +240,36 @@ class Limiter:
         self.rejected = self._reason_to_reject(values)
         if self.rejected is not None:
             return self.brake()
-        flags = self.flags
+        flags, workspace = self.flags, self._workspace
+        before = [(j.p, j.v, j.floor, j.ceiling) for j in self._joints] if workspace else []
         for i, j in enumerate(self._joints):
             flags[i] = _advance(j, values[i])
+        if workspace is not None:
+            self._stay_inside(workspace, before)
         self.position[:] = [j.p for j in self._joints]
         return self.position
+
+    def _stay_inside(
+        self, workspace: Workspace, before: list[tuple[float, float, float, float]]
+    ) -> None:
+        """Let each arm follow this tick's motion as far as its tool may, and brake otherwise."""
+        start = [p for p, _, _, _ in before]
+        wish = [j.v for j in self._joints]
+        brake = [
+            math.copysign(max(abs(v) - j.step, 0.0), v)
+            for j, (_, v, _, _) in zip(self._joints, before, strict=True)
+        ]
+        for k, arm in enumerate(workspace.arms):
+            share = workspace.share(k, start, brake, wish)
+            if share == 1.0:
+                continue
+            for i in arm.joints:
+                j, (p, _, floor, ceiling) = self._joints[i], before[i]
+                j.v = brake[i] + share * (wish[i] - brake[i])
+                j.p = min(max(p + j.v, floor), ceiling)
+                j.floor, j.ceiling = floor, ceiling
+                _draw_in(j)
+                self.flags[i] |= WORKSPACE
 
     def _reason_to_reject(self, values: list[float]) -> str | None:
         if len(values) != len(self._joints):
@@ -299,12 +337,16 @@ def _move(j: _Joint, v: float, x: float | None) -> int:
     j.v = v
     # Rounding must not carry the sum past the limit.
     j.p = min(max(p, j.floor), j.ceiling)
-    # A limit that was widened for the start pose follows the command back in.
+    _draw_in(j)
+    return flags
+
+
+def _draw_in(j: _Joint) -> None:
+    """Let a limit that was widened for the start pose follow the command back in."""
     if j.ceiling > j.high:
         j.ceiling = max(j.high, j.p)
     if j.floor < j.low:
         j.floor = min(j.low, j.p)
-    return flags
 
 
 class TrackingMonitor:

@@ -128,3 +128,4 @@ class TickFlag(enum.IntFlag):
     REJECTED = 8
     LATE = 16
     NOT_SENT = 32
+    WORKSPACE = 64

@@ -154,7 +154,7 @@ def nonzero_interventions(
     counts: npt.NDArray[np.int64], names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Return ticks per channel and kind of limit, channels without any left out."""
-    kinds = ("position", "velocity", "acceleration")
+    kinds = ("position", "velocity", "acceleration", "workspace")
     return {
         name: {kind: int(n) for kind, n in zip(kinds, row, strict=True)}
         for name, row in zip(names, counts, strict=True)

@@ -7,12 +7,14 @@ from typing import Final
 
 from gwp_edge.mailbox import N_HISTOGRAM_BINS, Board
 from gwp_edge.protocols import Clock
-from gwp_edge.safety import Limiter
+from gwp_edge.safety import ACCELERATION, POSITION, VELOCITY, WORKSPACE, Limiter
 from gwp_edge.schedule import Schedule
 from gwp_edge.status import Mode, TickFlag, Word
 
 _LATE_NS: Final = 1_000_000
 _MAX_SEND_NS: Final = 2**31 - 1
+# In the order of the board's columns.
+_LIMIT_BITS: Final = (POSITION, VELOCITY, ACCELERATION, WORKSPACE)
 
 
 class TickLog:
@@ -70,7 +72,7 @@ class TickLog:
             for i, flag in enumerate(flags):
                 if flag:
                     seen |= flag
-                    for k in range(3):
-                        if flag >> k & 1:
+                    for k, bit in enumerate(_LIMIT_BITS):
+                        if flag & bit:
                             counts[i, k] += 1
         return seen
