@@ -64,11 +64,10 @@ def read_episodes(roots: Sequence[Path]) -> list[Episode]:
         SpecError: a dataset is damaged.
     """
     layout = example_layout()
-    episodes = []
+    episodes: list[Episode] = []
     for root in roots:
         with LeRobotDataset.open(root) as dataset:
-            for i in range(dataset.n_episodes):
-                episodes.append(read_episode(dataset, i, layout))
+            episodes += [read_episode(dataset, i, layout) for i in range(dataset.n_episodes)]
     return episodes
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from vae import decode, encode, load_vae, scale
 
 from gwp_edge.calibration.dataset import LeRobotDataset
-from gwp_edge.errors import GwpEdgeError, SpecError
+from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.evaluation.tasks import TouchTask
 from gwp_edge.export.unreduced import UnreducedNetwork
 from gwp_edge.export.unreduced_serving import load_network, sample
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         imagine(args.policy, args.dataset, args.episode, args.frame, args.seed).save(args.picture)
-    except GwpEdgeError as e:
+    except GwpError as e:
         sys.exit(f"error: {e}")
 
 

@@ -1,0 +1,245 @@
+"""The reach example: what its expert does, what it trains, and what its files hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("mujoco")
+
+pytestmark = [pytest.mark.export, pytest.mark.sim]
+
+_EXAMPLE = Path(__file__).parents[2] / "examples" / "reach"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _example_path() -> Any:
+    sys.path.insert(0, str(_EXAMPLE))
+    yield
+    sys.path.remove(str(_EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import collect
+
+    root = tmp_path_factory.mktemp("reach") / "data"
+    collect.collect(root, 4)
+    return root
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    import model
+
+    net = model.make_network(0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def _batch(n: int = 2) -> Any:
+    import model
+
+    g = torch.Generator().manual_seed(2)
+    s = model.SIZES
+    latent = (n, s.latent_channels, 1, 14, 12)
+    prompt = model.prompts(["touch the red cube", "touch the blue cube"])
+    return model.Batch(
+        state=torch.randn((n, 1, s.n_action_channels), generator=g),
+        actions=torch.randn((n, 48, s.n_action_channels), generator=g),
+        reference=torch.randn(latent, generator=g),
+        future=torch.randn(latent, generator=g),
+        prompt=prompt[torch.arange(n) % 2],
+    )
+
+
+def test_joint_pass_and_action_only_pass_give_equal_actions(network: Any) -> None:
+    batch = _batch()
+    t = torch.tensor([976.0, 396.0])
+    common = {
+        "state": batch.state,
+        "reference": batch.reference,
+        "actions": batch.actions,
+        "action_timestep": t,
+        "prompt": batch.prompt,
+    }
+    with torch.no_grad():
+        joint, video = network(
+            **common, future=batch.future, future_timestep=torch.tensor([500.0, 20.0])
+        )
+        alone, nothing = network(**common)
+        other, _ = network(
+            **common, future=batch.future + 1.0, future_timestep=torch.tensor([20.0, 500.0])
+        )
+    assert nothing is None
+    assert video.shape == batch.future.shape
+    torch.testing.assert_close(joint, alone, rtol=0, atol=2e-6)
+    torch.testing.assert_close(joint, other, rtol=0, atol=2e-6)
+
+
+def test_several_copies_of_the_actions_cost_what_separate_passes_do(network: Any) -> None:
+    import model
+
+    batch = _batch()
+    with torch.no_grad():
+        action, video = model.losses(network, batch, torch.Generator().manual_seed(5), n_copies=2)
+        g = torch.Generator().manual_seed(5)
+        copies = []
+        for _ in range(2):
+            t = model.draw_timesteps(2, model.ACTION_SHIFT, g)
+            copies.append((t, *model.noised(batch.actions, t, g)))
+        t_video = model.draw_timesteps(2, model.VIDEO_SHIFT, g)
+        x_video, target_video = model.noised(batch.future, t_video, g)
+        expected = []
+        for t, x, target in copies:
+            velocity, video_velocity = network(
+                state=batch.state,
+                reference=batch.reference,
+                actions=x,
+                action_timestep=model.told(t),
+                prompt=batch.prompt,
+                future=x_video,
+                future_timestep=model.told(t_video),
+            )
+            expected.append((velocity - target).square().mean())
+            if len(expected) == 1:
+                expected_video = (video_velocity - target_video).square().mean()
+    torch.testing.assert_close(action, sum(expected) / 2, rtol=1e-5, atol=0)
+    torch.testing.assert_close(video, expected_video, rtol=1e-5, atol=0)
+
+
+def test_velocity_leads_back_to_the_clean_values() -> None:
+    import model
+
+    g = torch.Generator().manual_seed(0)
+    clean = torch.randn((3, 48, 8), generator=g)
+    t = model.draw_timesteps(3, model.ACTION_SHIFT, g)
+    x, velocity = model.noised(clean, t, g)
+    torch.testing.assert_close(x - (t / 1000.0)[:, None, None] * velocity, clean)
+
+
+def test_timesteps_are_whole_and_told_in_bfloat16() -> None:
+    import model
+
+    t = model.draw_timesteps(4000, model.ACTION_SHIFT, torch.Generator().manual_seed(0))
+    assert torch.equal(t, t.round())
+    assert 0 <= t.min() < 30
+    assert t.max() <= 1000
+    # The median of s r / (1 + (s - 1) r) is at r = 1/2: s / (s + 1).
+    assert abs(float(t.median()) - 1000 * 5 / 6) < 15
+    told = model.told(t)
+    assert torch.equal(told, told.bfloat16().float())
+    assert not torch.equal(told, t)
+
+
+def test_fast_convolutions_equal_the_library_s() -> None:
+    import vae
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    torch.manual_seed(0)
+    model = vae.make_vae(4).eval()
+    x = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    with torch.no_grad():
+        z = model.encode(x).latent_dist.mode()
+        y = model.decode(z).sample
+        for module in model.modules():
+            if isinstance(module, WanCausalConv3d):
+                module.__class__ = WanCausalConv3d
+        z_library = model.encode(x).latent_dist.mode()
+        y_library = model.decode(z).sample
+    assert z.shape == (1, 48, 2, 2, 3)
+    torch.testing.assert_close(z, z_library, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, y_library, rtol=1e-4, atol=1e-5)
+
+
+def test_demonstrations_touch_the_named_cube_and_read_back(dataset: Path) -> None:
+    import data
+
+    episodes = data.read_episodes([dataset])
+    assert [e.task for e in episodes] == [
+        "touch the red cube",
+        "touch the red cube",
+        "touch the blue cube",
+        "touch the blue cube",
+    ]
+    for episode in episodes:
+        assert len(episode.state) == len(episode.action) > 30
+        assert np.abs(episode.action[-1] - episode.action[-8]).max() < 1e-3  # it rests
+        assert np.abs(episode.state[-1] - episode.action[-1])[:6].max() < 0.05  # and has arrived
+
+
+def test_windows_are_clamped_and_relative_to_their_first_state(dataset: Path, tmp_path: Path) -> None:
+    import data
+
+    from gwp_edge.calibration.statistics import compute_statistics, write_statistics
+
+    stats = tmp_path / "norm_stats.json"
+    write_statistics(stats, compute_statistics([dataset], n_rows=48, width=8))
+    episodes = data.read_episodes([dataset])
+    tasks = ["touch the red cube", "touch the blue cube"]
+    windows = data.make_windows(episodes, tasks, stats, 8)
+    last = int(np.flatnonzero(windows.episode == 0)[-1])
+    episode, f = episodes[0], int(windows.frame[last])
+    low, span = data.read_limits(stats, "action", 7)
+    undone = (windows.actions[last][:, :7] + 1) / 2 * span + low
+    undone[:, :6] += episode.state[f, :6]
+    n = len(episode.action) - f
+    assert n < 48
+    np.testing.assert_allclose(undone[:n], episode.action[f:], atol=1e-5)
+    np.testing.assert_allclose(undone[n:], np.repeat(episode.action[-1:], 48 - n, 0), atol=1e-5)
+    assert not windows.actions[:, :, 7].any()
+    assert windows.task[last] == 0
+
+
+def test_clip_shows_the_quarters_of_the_window(dataset: Path) -> None:
+    import data
+
+    episode = data.read_episodes([dataset])[0]
+    n = len(episode.canvases)
+    assert [episode.canvas_idx(f) for f in (0, 4, 12, 10_000)] == [0, 1, 3, n - 1]
+    clip = episode.clip(0)
+    assert clip.shape == (5, 224, 192, 3)
+    np.testing.assert_array_equal(clip[1], episode.canvases[3])
+
+
+def test_training_resumes_and_its_checkpoint_exports(dataset: Path, tmp_path: Path) -> None:
+    import data
+    import model
+    import train
+
+    from gwp_edge.calibration.statistics import compute_statistics, write_statistics
+    from gwp_edge.export.unreduced_serving import load_network
+
+    stats = tmp_path / "norm_stats.json"
+    write_statistics(stats, compute_statistics([dataset], n_rows=48, width=8))
+    episodes = data.read_episodes([dataset])
+    windows = data.make_windows(episodes, list(train.TouchTask.instructions), stats, 8)
+    latents = torch.randn(
+        (len(windows.frame), 48, 2, 14, 12), generator=torch.Generator().manual_seed(0)
+    ).half()
+
+    def trainer(out: Path, n_steps: int) -> Any:
+        out.mkdir(exist_ok=True)
+        return train.Trainer(
+            out, latents, windows, n_steps=n_steps, n_copies=1, with_video=True, seed=0, batch=2
+        )
+
+    stopped = trainer(tmp_path / "a", 2)
+    stopped.train()
+    resumed = trainer(tmp_path / "a", 3)
+    average = resumed.train()
+    assert [row[0] for row in resumed.rows] == [1, 2, 3]
+    assert (tmp_path / "a" / "losses.csv").read_text().count("\n") == 4
+    model.write_checkpoint(average.state_dict(), tmp_path / "checkpoint")
+    loaded = load_network(tmp_path / "checkpoint")
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value.bfloat16().float())
