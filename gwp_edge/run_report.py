@@ -21,7 +21,8 @@ from gwp_edge.telemetry import (
 
 _ENDED_WELL: Final = frozenset({"duration", "interrupted", "terminated", "parked"})
 _MAX_FAULTS: Final = 200
-_MAX_TIMINGS: Final = 200_000
+# Half an hour at ten chunks per second.
+_MAX_TIMINGS: Final = 20_000
 
 
 class Findings:
@@ -42,7 +43,9 @@ class Findings:
         self._outcome = ""
         self._message = ""
         self._run_s = 0.0
-        self._timings: list[npt.NDArray[Any]] = []
+        self._timings = np.empty(_MAX_TIMINGS, TIMING_DTYPE)
+        # Written once, so that the pages are there and a long run does not seem to leak.
+        self._timings.view(np.uint8)[:] = 0
         self._n_timings = 0
 
     @property
@@ -73,15 +76,17 @@ class Findings:
             self.faults.append(text)
 
     def take_timings(self, records: npt.NDArray[Any]) -> None:
-        """Keep chunk timings; a run of days keeps the first ones only."""
-        if len(records) and self._n_timings < _MAX_TIMINGS:
-            self._timings.append(records)
-            self._n_timings += len(records)
+        """Keep chunk timings; a long run keeps the newest ones."""
+        records = records[-_MAX_TIMINGS:]
+        slots = (self._n_timings + np.arange(len(records))) % _MAX_TIMINGS
+        self._timings[slots] = records
+        self._n_timings += len(records)
 
     @property
     def timings(self) -> npt.NDArray[Any]:
-        """All chunk timings."""
-        return np.concatenate(self._timings) if self._timings else np.empty(0, TIMING_DTYPE)
+        """The newest chunk timings, oldest first."""
+        begin = max(0, self._n_timings - _MAX_TIMINGS)
+        return self._timings[np.arange(begin, self._n_timings) % _MAX_TIMINGS]
 
     def verdict(self) -> tuple[str, int, str, float]:
         """Return outcome, exit code, last line and duration of the motion, s."""
