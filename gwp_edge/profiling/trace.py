@@ -13,15 +13,17 @@ import numpy as np
 from gwp_edge.profiling.chunks import COLD, ChunkTable, chunk_table, moving
 from gwp_edge.profiling.columns import SEGMENTS
 from gwp_edge.profiling.context import Context
-from gwp_edge.profiling.raw import Raw
+from gwp_edge.profiling.raw import Raw, Records
 from gwp_edge.spec import PolicySpec
 
 Event = dict[str, object]
 _POLICY, _MOTOR, _SYSTEM = 1, 2, 3
+# Thread number of the first lane of frames; there may be more.
+_FRAMES: Final = 3
 _THREADS: Final = {
     (_POLICY, 1): "chunks",
     (_POLICY, 2): "stages",
-    (_POLICY, 3): "frames",
+    (_POLICY, _FRAMES): "frames",
     (_MOTOR, 1): "ticks",
     (_SYSTEM, 1): "counters",
 }
@@ -46,9 +48,16 @@ def to_trace(raw: Raw, spec: PolicySpec, context: Context) -> dict[str, object]:
             }
         )
     events += [_meta("thread_name", pid, tid, name) for (pid, tid), name in _THREADS.items()]
+    ticks = moving(raw.ticks)[-_MAX_TICKS:]
+    lanes = _lanes(table)
+    for lane in range(1, max(lanes, default=0) + 1):
+        events.append(_meta("thread_name", _POLICY, _FRAMES + lane, f"frames {lane + 1}"))
+    first_tick_ns = int(ticks["t_woke_ns"][0]) if len(ticks) else 0
     for i in range(len(table.t_ns)):
-        events += _chunk_events(table, i)
-    events += _tick_events(raw)
+        # An arrow needs the tick that it ends in, and the oldest ticks may have been left out.
+        ends = int(table.t_adopted_ns[i]) >= first_tick_ns and table.t_sent_ns[i] > 0
+        events += _chunk_events(table, i, lanes[i], ends=ends)
+    events += _tick_events(ticks)
     events += _system_events(raw)
     return {
         "traceEvents": events,
@@ -66,42 +75,61 @@ def _meta(kind: str, pid: int, tid: int, name: str) -> Event:
     return {"name": kind, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
+def _lanes(table: ChunkTable) -> list[int]:
+    """Return a lane for each chunk's frame: slices of one thread must not overlap.
+
+    The next frame may have been captured, and be on its way, while one is still waiting.
+    """
+    free_ns: list[float] = []
+    lanes = []
+    for t_ns, age_ms in zip(table.t_ns, table.segment("frame age"), strict=True):
+        captured_ns = float(t_ns) - (0.0 if np.isnan(age_ms) else age_ms * 1e6)
+        lane = next((k for k, free in enumerate(free_ns) if free <= captured_ns), len(free_ns))
+        free_ns[lane:] = [float(t_ns), *free_ns[lane + 1 :]]
+        lanes.append(lane)
+    return lanes
+
+
 def _slice(name: str, pid: int, tid: int, begin_us: float, took_us: float, **args: object) -> Event:
+    # Whole ns at both ends, as the viewer counts them, so that what nests here nests there.
+    begin_ns, end_ns = round(begin_us * 1e3), round((begin_us + max(took_us, 0.0)) * 1e3)
     return {
         "name": name,
         "ph": "X",
         "pid": pid,
         "tid": tid,
-        "ts": begin_us,
-        "dur": max(took_us, 0.0),
+        "ts": begin_ns / 1e3,
+        "dur": (end_ns - begin_ns) / 1e3,
         "args": args,
     }
 
 
-def _chunk_events(table: ChunkTable, i: int) -> list[Event]:
+def _chunk_events(table: ChunkTable, i: int, lane: int, *, ends: bool) -> list[Event]:
     """Return the slices of one chunk and the arrow from its frame to its first command."""
-    spent_us = {name: table.segments[i, k] * 1e3 for k, name in enumerate(SEGMENTS)}
-    spent_us = {k: 0.0 if np.isnan(v) else float(v) for k, v in spent_us.items()}
+    known = {name: table.segments[i, k] * 1e3 for k, name in enumerate(SEGMENTS)}
+    spent_us = {k: 0.0 if np.isnan(v) else float(v) for k, v in known.items()}
     idx, start_us = int(table.chunk_idx[i]), table.t_ns[i] / 1e3
     label = f"chunk {idx}" if idx >= 0 else f"warm-up call {-idx}"
     if table.phase[i] == COLD:
         label += " (cold)"
-    captured_us = start_us - spent_us["frame age"]
     begun_us = start_us
     inside: list[Event] = []
     for stage in _STAGES:
-        inside.append(_slice(stage, _POLICY, 2, begun_us, spent_us[stage], chunk=idx))
+        if not np.isnan(known[stage]):
+            inside.append(_slice(stage, _POLICY, 2, begun_us, spent_us[stage], chunk=idx))
         if stage == "denoise":
             inside += _steps(table, i, begun_us, idx)
         begun_us += spent_us[stage]
     published_us = begun_us + spent_us["publish"]
     events = [_slice(label, _POLICY, 1, start_us, published_us - start_us, chunk=idx), *inside]
-    if spent_us["frame age"] > 0:
-        events.append(_slice("frame", _POLICY, 3, captured_us, spent_us["frame age"], chunk=idx))
-    if table.t_sent_ns[i]:
+    age_us, frames = spent_us["frame age"], _FRAMES + lane
+    if age_us > 0:
+        events.append(_slice("frame", _POLICY, frames, start_us - age_us, age_us, chunk=idx))
+    if ends:
         sent_us = table.t_sent_ns[i] / 1e3
+        begin = (frames, start_us - age_us) if age_us > 0 else (1, start_us)
         events += [
-            _flow("s", idx, _POLICY, 3, captured_us),
+            _flow("s", idx, _POLICY, *begin),
             _flow("t", idx, _POLICY, 1, (start_us + published_us) / 2),
             # The arrow ends inside the tick that sent the command.
             _flow("f", idx, _MOTOR, 1, sent_us - spent_us["tick"] / 2),
@@ -127,16 +155,16 @@ def _flow(phase: str, idx: int, pid: int, tid: int, t_us: float) -> Event:
         "id": idx,
         "pid": pid,
         "tid": tid,
-        "ts": t_us,
+        "ts": round(t_us * 1e3) / 1e3,
     }
     if phase == "f":
         event["bp"] = "e"
     return event
 
 
-def _tick_events(raw: Raw) -> list[Event]:
+def _tick_events(ticks: Records) -> list[Event]:
     events: list[Event] = []
-    for tick in moving(raw.ticks)[-_MAX_TICKS:]:
+    for tick in ticks:
         woke_us, sent_us = int(tick["t_woke_ns"]) / 1e3, int(tick["t_sent_ns"]) / 1e3
         events.append(
             _slice(

@@ -1,0 +1,159 @@
+"""Disturbances, the system's counters, and what profiling costs."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from profile_story import SPEC, Story
+
+from gwp_edge.drivers.disturbed import DisturbedCamera
+from gwp_edge.errors import SpecError
+from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
+from gwp_edge.profiling.collect import Listener
+from gwp_edge.profiling.columns import SEGMENTS
+from gwp_edge.profiling.cost import measure_cost
+from gwp_edge.profiling.disturb import disturbed_robot, parse_disturbances
+from gwp_edge.profiling.jetson_stats import parse_tegrastats
+from gwp_edge.profiling.roofline import cached_limits
+from gwp_edge.profiling.system_sampler import SystemSampler
+from gwp_edge.robots import load_robot
+
+# -- disturbances
+
+
+def test_parse_disturbances_reads_every_form():
+    found = parse_disturbances(
+        ["prefill=40ms", "denoise=5.5ms@10%", "drop=10%", "bus=3ms@5%", "stall=20ms/1s", "cpu=2"]
+    )
+    assert found.stages == {"prefill": (40.0, 1.0), "denoise": (5.5, 0.1)}
+    assert (found.drop, found.bus, found.stall) == (0.1, (3.0, 0.05), (20.0, 1.0))
+    assert found.n_burners == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["prefill", "prefill=40", "prefill=40ms@200%", "drop=0%", "drop=100%", "stall=60ms/1s",
+     "stall=20ms", "cpu=0", "sleep=3ms", ""],
+)  # fmt: skip
+def test_parse_disturbances_of_bad_text_is_refused(text):
+    with pytest.raises(SpecError, match="--disturb"):
+        parse_disturbances([text])
+
+
+def test_disturbed_robot_real_arm_is_refused():
+    robot = load_robot("piper", SPEC)
+    with pytest.raises(SpecError, match="simulated"):
+        disturbed_robot(robot, parse_disturbances(["cpu=1"]))
+    assert disturbed_robot(robot, parse_disturbances([])) is robot
+
+
+def test_disturbed_camera_gives_the_frame_before_the_lost_one():
+    frames = iter([types.SimpleNamespace(frame_idx=i) for i in range(200)])
+    camera = DisturbedCamera(types.SimpleNamespace(latest=lambda: next(frames)), 0.3)
+    seen = [camera.latest().frame_idx for _ in range(200)]
+    assert seen == sorted(seen)
+    assert 100 < len(set(seen)) < 180
+
+
+# -- system, cost, limits
+
+
+class FakeSystem:
+    """Two cores, one sensor, one cooler, one bus."""
+
+    python_version = (3, 11)
+
+    def __init__(self):
+        self.files = {
+            "/proc/stat": "cpu  9 9 9 9\ncpu0 100 0 100 800 0 0 0 0 0 0\nintr 5",
+            "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 2048 kB",
+            "/proc/7/stat": "7 (a (b) c) S 1 1 1 0 -1 0 10 0 2 0 50 50 0 0 20 0 1 0 5 9 256 0",
+            "/sys/class/thermal/thermal_zone0/temp": "45500",
+            "/sys/class/thermal/thermal_zone0/type": "gpu-thermal",
+            "/sys/class/thermal/cooling_device0/cur_state": "2",
+            "/sys/class/thermal/cooling_device0/type": "cpu-throttle",
+            "/sys/class/net/can0/statistics/tx_dropped": "3",
+        }
+
+    def read(self, path):
+        return self.files.get(path)
+
+    def glob(self, pattern):
+        folders = {p.rsplit("/", 1)[0] for p in self.files}
+        stem = pattern.split("*")[0].split("[")[0]
+        return sorted(f for f in folders if f.startswith(stem) and "*" in pattern)
+
+    def run(self, *argv):
+        return None
+
+    def probe(self, name):
+        return None
+
+
+def test_system_sampler_reads_load_memory_heat_and_bus():
+    system = FakeSystem()
+    sampler = SystemSampler(system, jetson=False)
+    sampler.pids = {"motor": 7, "policy": 0, "gone": 99}
+    sampler.sample()
+    system.files["/proc/stat"] = "cpu0 175 0 100 825 0 0 0 0 0 0"
+    system.files["/proc/7/stat"] = (
+        "7 (a (b) c) S 1 1 1 0 -1 0 15 0 3 0 60 50 0 0 20 0 1 0 5 9 256 0"
+    )
+    sampler.sample()
+    found = sampler.samples()
+    first, second = found.rows
+    assert "cpu0_percent" not in first
+    assert second["cpu0_percent"] == pytest.approx(75.0)
+    assert second["MemAvailable_mb"] == 2.0
+    assert second["gpu-thermal_c"] == 45.5
+    assert second["can0_tx_dropped"] == 3
+    assert (second["motor_minor_faults"], second["motor_major_faults"]) == (5, 1)
+    assert second["motor_rss_mb"] > 0
+    assert not any(k.startswith(("policy", "gone")) for k in second)
+    assert found.throttled == ("cpu-throttle",)
+
+
+def test_parse_tegrastats_reads_documented_fields():
+    line = (
+        "11-23-2026 10:00:00 RAM 3500/30536MB (lfb 5x4MB) CPU [12%@1728,off] EMC_FREQ 12%@3199 "
+        "GR3D_FREQ 45%@[1300,1300] cpu@46.5C gpu@-256C tj@48C VDD_GPU_SOC 2400mW/2380mW"
+    )
+    assert parse_tegrastats(line) == {
+        "gpu_percent": 45.0, "gpu_mhz": 1300.0, "emc_percent": 12.0, "emc_mhz": 3199.0,
+        "cpu_c": 46.5, "tj_c": 48.0, "VDD_GPU_SOC_w": 2.4,
+    }  # fmt: skip
+    assert parse_tegrastats("") == {}
+
+
+def test_measure_cost_leaves_nothing_behind():
+    stamp_us, tick_us = measure_cost(SPEC)
+    assert stamp_us > 0
+    assert tick_us > 0
+
+
+def test_cached_limits_measures_once(tmp_path, monkeypatch):
+    calls = []
+    limits = Limits(threads=1, gemm=(GemmRate(shape=(1, 1, 1), gflop_s=2.0),), stream_gb_s=1.0)
+
+    def measure(threads, *, progress=None):
+        calls.append(threads)
+        return limits
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("gwp_edge.profiling.roofline.measure_limits", measure)
+    machine = describe_machine()
+    assert cached_limits(machine, 1) == cached_limits(machine, 1) == limits
+    assert cached_limits(machine, 2) == limits
+    assert calls == [1, 2]
+    next((tmp_path / "gwp-edge").glob("*.json")).write_bytes(b"broken")
+    cached_limits(machine, 1), cached_limits(machine, 2)
+    assert len(calls) == 3
+
+
+def test_listener_without_a_run_ends_cleanly():
+    listener = Listener(SPEC, None)
+    listener.end()
+    listener.end()
+    assert len(listener.raw().stamps) == 0
+    assert set(SEGMENTS) == set(Story().report().chunks.segments_ms)
