@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from gwp_edge.commands.options import BundleArgument, JsonFlag
+from gwp_edge.commands.planning import say_modelled
 from gwp_edge.console import progress_bars, raise_on_signals, remark, say, say_json, say_table
 from gwp_edge.errors import SpecError
 
@@ -224,7 +225,7 @@ def _error_text(part: ChannelError, unit: str, scale: float) -> str:
 
 
 def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
-    """Show what a bundle holds: spec, sizes, the format of each part and why.
+    """Show what a bundle holds: spec, sizes, formats and why, modelled times of devices.
 
     Example: gwp-edge inspect policy.gwp
     """
@@ -239,6 +240,7 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     _say_spec(found)
     _say_stages(found)
     _say_formats(found)
+    say_modelled(found.manifest)
 
 
 def _say_spec(found: Bundle) -> None:

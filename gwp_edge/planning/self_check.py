@@ -9,7 +9,7 @@ from __future__ import annotations
 from gwp_edge.bench import time_engine
 from gwp_edge.bundle import Bundle
 from gwp_edge.engines import create_engine
-from gwp_edge.errors import PerformanceIssue
+from gwp_edge.errors import PerformanceIssue, SpecError
 from gwp_edge.machine_limits import measure_limits
 from gwp_edge.planning.devices import this_processor
 from gwp_edge.planning.latency import Comparison, compare, estimate
@@ -30,7 +30,16 @@ def compare_here(
         threads: CPU threads.
         repeats: measured chunks.
         warmup: chunks before that.
+
+    Raises:
+        SpecError: a layer is not float32, whose rates are not measured.
     """
+    other = next((x for x in bundle.manifest.precision.layers if x.format != "fp32"), None)
+    if other is not None:
+        raise SpecError(
+            f"{bundle.root}: {other.stage} {other.name} is {other.format}; float32 rates alone are "
+            "measured here: export with --precision fp32"
+        )
     limits = measure_limits(threads)
     engine = create_engine("ort", bundle, threads=threads)
     try:
@@ -38,6 +47,8 @@ def compare_here(
         times = time_engine(engine, bundle.spec, repeats=repeats, warmup=warmup)
     finally:
         engine.close()
+    # The better of before and after: another program may have taken its share meanwhile.
+    limits = limits.merged(measure_limits(threads))
     device = this_processor(limits, available_bytes())
     modelled = estimate(workload(bundle.manifest), device)
     return compare(modelled, times.stages)

@@ -1,23 +1,29 @@
-"""``gwp-edge build`` and ``gwp-edge plan`` as a user calls them."""
+"""``gwp-edge build``, ``plan`` and ``inspect`` as a user calls them."""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from gwp_edge.commands import building
+from gwp_edge.bundle import Bundle
+from gwp_edge.commands import building, exporting, planning
 from gwp_edge.engines.trt_build import BuildResult
 from gwp_edge.engines.trt_cache import EngineKey, EngineRecord, write_record
 from gwp_edge.engines.trt_cache import building as building_folder
 from gwp_edge.engines.trt_timing import StageTiming
 from gwp_edge.errors import GwpError, PerformanceIssue, SpecError
+from gwp_edge.machine_limits import GemmRate, Limits
+from gwp_edge.planning import device_names, estimate, self_check, workload
+from gwp_edge.planning.devices import this_processor
 
 app = typer.Typer()
 app.command()(building.build)
-app.command()(building.plan)
+app.command()(planning.plan)
+app.command()(exporting.inspect)
 
 
 def run(*arguments: str) -> str:
@@ -157,3 +163,55 @@ def test_build_without_a_gpu_says_what_is_missing(exported):
     except ImportError:
         with pytest.raises(PerformanceIssue, match="pycuda cannot be imported"):
             run("build", str(exported("gwp05", precision="bf16")))
+
+
+@pytest.mark.export
+def test_inspect_shows_the_modelled_times_of_every_device(exported):
+    pytest.importorskip("torch")
+    text = run("inspect", str(exported("gwp05", precision="bf16")))
+    for name in device_names():
+        assert name in text
+    assert "One chunk, modelled" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "gwp05-wide4", "--precision", "int8"), "float32 rates alone"),
+        (("x.gwp", "--device", "thor"), "about this processor"),
+        ((), "give a bundle, or --size"),
+    ],
+)
+def test_plan_check_refuses_what_it_cannot_compare(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        run("plan", "--check", *arguments)
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(("factor", "agrees"), [(1.1, True), (0.9, True), (1.4, False)])
+def test_plan_check_holds_the_model_to_measured_stages(exported, monkeypatch, factor, agrees):
+    """Limits and stage times are given, so that the machine's load decides nothing."""
+    pytest.importorskip("torch")
+    bundle = Bundle.open(exported("gwp05", precision="fp32"))
+    limits = Limits(
+        threads=2,
+        gemm=tuple(GemmRate(shape=(n, 64, 64), gflop_s=50.0) for n in (1, 64, 512)),
+        stream_gb_s=10.0,
+    )
+    modelled = estimate(workload(bundle.manifest), this_processor(limits, 10**10))
+    stages = {s.stage: [round(s.expected_ms * 1e6 / factor)] * 3 for s in modelled.stages}
+    times = SimpleNamespace(stages=stages)
+    monkeypatch.setattr(self_check, "measure_limits", lambda threads: limits)
+    monkeypatch.setattr(self_check, "time_engine", lambda *_, **__: times)
+    if agrees:
+        assert "agrees within 25 %" in run("plan", str(bundle.root), "--check")
+    else:
+        with pytest.raises(PerformanceIssue, match=r"vision: modelled .* off by \+40 %"):
+            run("plan", str(bundle.root), "--check")
+
+
+@pytest.mark.export
+def test_plan_check_refuses_a_bundle_that_is_not_float32(exported):
+    pytest.importorskip("torch")
+    with pytest.raises(SpecError, match=r"is bf16; float32 rates alone"):
+        run("plan", str(exported("gwp05", precision="bf16")), "--check")
