@@ -66,13 +66,14 @@ def rerun_main(setup: RerunSetup, pipe: Connection) -> None:
     # Ctrl-C ends the run; this process has the last moments to write.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    os.nice(_NICE)
     board: Board | None = None
     try:
         recording = open_recording(setup)
         board = Board.attach(setup.board, setup.spec.n_channels, setup.spec.n_rows)
         log = RunLog(recording, board, setup)
         pipe.send("ready")
+        # From here on it must not be in the way; until here the run waits for it.
+        os.nice(_NICE)
         while not pipe.poll(_POLL_S):
             log.step()
         log.step()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
-from profile_story import SPEC, Story
+from profile_story import MS, SPEC, T0, Story
 
 from gwp_edge.drivers.disturbed import DisturbedCamera
 from gwp_edge.errors import SpecError
@@ -13,10 +14,10 @@ from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
 from gwp_edge.profiling.collect import Listener
 from gwp_edge.profiling.columns import SEGMENTS
 from gwp_edge.profiling.cost import measure_cost
-from gwp_edge.profiling.disturb import disturbed_robot, parse_disturbances
+from gwp_edge.profiling.disturb import _burn, _stream, disturbed_robot, parse_disturbances
 from gwp_edge.profiling.jetson_stats import parse_tegrastats
 from gwp_edge.profiling.roofline import cached_limits
-from gwp_edge.profiling.system_sampler import SystemSampler
+from gwp_edge.profiling.system_sampler import SystemSampler, SystemSamples
 from gwp_edge.robots import load_robot
 
 # -- disturbances
@@ -24,17 +25,25 @@ from gwp_edge.robots import load_robot
 
 def test_parse_disturbances_reads_every_form():
     found = parse_disturbances(
-        ["prefill=40ms", "denoise=5.5ms@10%", "drop=10%", "bus=3ms@5%", "stall=20ms/1s", "cpu=2"]
+        [
+            "prefill=40ms",
+            "denoise=5.5ms@10%",
+            "drop=10%",
+            "bus=3ms@5%",
+            "stall=20ms/1s",
+            "cpu=2",
+            "mem=3",
+        ]
     )
     assert found.stages == {"prefill": (40.0, 1.0), "denoise": (5.5, 0.1)}
     assert (found.drop, found.bus, found.stall) == (0.1, (3.0, 0.05), (20.0, 1.0))
-    assert found.n_burners == 2
+    assert (found.n_burners, found.n_streams) == (2, 3)
 
 
 @pytest.mark.parametrize(
     "text",
     ["prefill", "prefill=40", "prefill=40ms@200%", "drop=0%", "drop=100%", "stall=60ms/1s",
-     "stall=20ms", "cpu=0", "sleep=3ms", ""],
+     "stall=20ms", "cpu=0", "mem=0", "mem=65", "sleep=3ms", ""],
 )  # fmt: skip
 def test_parse_disturbances_of_bad_text_is_refused(text):
     with pytest.raises(SpecError, match="--disturb"):
@@ -74,6 +83,9 @@ class FakeSystem:
             "/sys/class/thermal/cooling_device0/cur_state": "2",
             "/sys/class/thermal/cooling_device0/type": "cpu-throttle",
             "/sys/class/net/can0/statistics/tx_dropped": "3",
+            "/sys/class/hwmon/hwmon0/name": "pwmfan",
+            "/sys/class/hwmon/hwmon0/rpm": "2100",
+            "/proc/7/smaps_rollup": "5-9 ---p [rollup]\nRss: 4 kB\nPss:  2048 kB\nPss_Dirty: 9 kB",
         }
 
     def read(self, path):
@@ -108,6 +120,10 @@ def test_system_sampler_reads_load_memory_heat_and_bus():
     assert second["MemAvailable_mb"] == 2.0
     assert second["gpu-thermal_c"] == 45.5
     assert second["can0_tx_dropped"] == 3
+    assert second["pwmfan_rpm"] == 2100
+    assert first["motor_pss_mb"] == 2.0
+    assert "motor_pss_mb" not in second, "PSS is dear: seconds must lie between two readings"
+    assert sampler.newest is second
     assert (second["motor_minor_faults"], second["motor_major_faults"]) == (5, 1)
     assert second["motor_rss_mb"] > 0
     assert not any(k.startswith(("policy", "gone")) for k in second)
@@ -157,3 +173,43 @@ def test_listener_without_a_run_ends_cleanly():
     listener.end()
     assert len(listener.raw().stamps) == 0
     assert set(SEGMENTS) == set(Story().report().chunks.segments_ms)
+
+
+def test_system_sampler_reads_pss_of_one_process_after_the_other(monkeypatch):
+    system = FakeSystem()
+    system.files["/proc/8/smaps_rollup"] = "Pss: 1024 kB"
+    sampler = SystemSampler(system, jetson=False)
+    sampler.pids = {"motor": 7, "policy": 8}
+    monkeypatch.setattr("gwp_edge.profiling.system_sampler._PSS_EVERY_NS", 0)
+    for _ in range(3):
+        sampler.sample()
+    found = [
+        {k: v for k, v in row.items() if k.endswith("pss_mb")} for row in sampler.samples().rows
+    ]
+    assert found == [{"motor_pss_mb": 2.0}, {"policy_pss_mb": 1.0}, {"motor_pss_mb": 2.0}]
+
+
+def test_report_counts_what_a_bus_did_over_the_run():
+    rows = [{"can0_tx_dropped": 3.0, "can0_rx_packets": 10.0}, {"gpu_c": 40.0},
+            {"can0_tx_dropped": 5.0, "can0_rx_packets": 2010.0}]  # fmt: skip
+    story = Story()
+    raw = dataclasses.replace(
+        story.raw(),
+        system=SystemSamples(t_ns=[T0, T0 + MS, T0 + 2 * MS], rows=rows),
+        health={"cam_high": "900 frames, 2 lost"},
+    )
+    story.raw = lambda: raw
+    report = story.report()
+    (bus,) = report.system.buses
+    assert (bus.name, bus.counts) == ("can0", {"tx_dropped": 2, "rx_packets": 2000})
+    assert report.cameras[0].health == "900 frames, 2 lost"
+    assert report.cameras[0].clock == "sim"
+
+
+@pytest.mark.parametrize("target", [_burn, _stream])
+def test_burners_end_when_their_parent_is_gone(target, monkeypatch):
+    monkeypatch.setattr("gwp_edge.profiling.disturb._STREAM_BYTES", 1 << 12)
+    parents = iter([5, 5, 1])
+    monkeypatch.setattr("os.getppid", lambda: next(parents))
+    target(5)
+    assert next(parents, None) is None
