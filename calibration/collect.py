@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gwp_edge.calibration.dataset import LeRobotDataset, Sample
 from gwp_edge.calibration.forward import BatchRunner, Network, Prepared, Progress, prepare
 from gwp_edge.calibration.observers import ChannelObserver, TensorObserver
 from gwp_edge.calibration.record import CalibrationRecord
@@ -28,6 +27,7 @@ from gwp_edge.errors import SpecError
 from gwp_edge.export.folding import FoldedWeights
 from gwp_edge.export.network import streams
 from gwp_edge.export.precision import input_name, is_quantizable, make_recipe, scale_key
+from gwp_edge.lerobot.dataset import LeRobotDataset, Sample
 from gwp_edge.types import Float32Array, FloatArray
 
 DEFAULT_N_HELD_OUT = 16

@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 import torch
 
-from gwp_edge.calibration.dataset import Sample
 from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.batch_ops import BatchOps
@@ -26,6 +25,7 @@ from gwp_edge.export.prompt_cache import needed_rows, prompt_cache
 from gwp_edge.export.prompts import pad_rows, read_prompt_embedding, task_name
 from gwp_edge.export.torch_ops import TorchOps
 from gwp_edge.export.vision_encoder import VaeConfig, VisionEncoder
+from gwp_edge.lerobot.dataset import Sample
 from gwp_edge.preprocess import actions_from_network, compose_canvas, normalise_state
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array, FloatArray, Frame, Observation

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.types import FloatArray, ImageArray
 
 _DECLARED = ("synthetic", "random", "fake", "mock", "dummy")

@@ -28,7 +28,6 @@ from gwp_edge.calibration.collect import (
     load_set,
     quantizable_layers,
 )
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.forward import BatchRunner, Network, Progress
 from gwp_edge.calibration.provenance import require_recorded
 from gwp_edge.calibration.record import CalibrationRecord, load_record, save_record
@@ -58,6 +57,7 @@ from gwp_edge.export.quantized_linear import weight_bytes
 from gwp_edge.export.recipe_file import read_recipe
 from gwp_edge.export.targets import check_target_precision
 from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.types import Float32Array, FloatArray
 
 logger = logging.getLogger(__name__)

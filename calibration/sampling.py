@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from gwp_edge.calibration.dataset import LeRobotDataset, Sample
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset, Sample
 
 DEFAULT_N_SAMPLES = 64
 _HELD_OUT_SHARE = 0.2

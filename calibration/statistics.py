@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.calibration.dataset import LeRobotDataset
-from gwp_edge.calibration.dataset_files import ACTION, STATE
-from gwp_edge.calibration.episodes import EpisodeData
 from gwp_edge.calibration.quantiles import QuantileSelector
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
+from gwp_edge.lerobot.episodes import EpisodeData
+from gwp_edge.lerobot.files import ACTION, STATE
 from gwp_edge.types import Float32Array, FloatArray
 
 Stats = dict[str, dict[str, dict[str, list[float]]]]

@@ -19,7 +19,6 @@ import numpy as np
 
 import gwp_edge
 from gwp_edge.bundle import Bundle
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.provenance import judge_dataset
 from gwp_edge.calibration.verify_checks import Limits, error_checks, verdict
 from gwp_edge.calibration.verify_engine import Answer, EngineChoice, run_bundle
@@ -42,6 +41,7 @@ from gwp_edge.calibration.verify_schema import (
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import FloatArray
 

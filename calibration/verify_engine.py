@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from gwp_edge.bundle import Bundle
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.verify_frames import Prompt, noise_of, observation_of
 from gwp_edge.calibration.verify_schema import Check
 from gwp_edge.engines import create_engine
 from gwp_edge.errors import BuildError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.policy import BundlePolicy
 from gwp_edge.preprocess import compose_canvas
 from gwp_edge.spec import CanvasSpec

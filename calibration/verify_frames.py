@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gwp_edge.calibration.dataset import LeRobotDataset, Sample
 from gwp_edge.calibration.sampling import FrameRange, choose_frames, split_dataset
 from gwp_edge.errors import SpecError
 from gwp_edge.export.prompts import clean_prompt
+from gwp_edge.lerobot.dataset import LeRobotDataset, Sample
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array, Frame, Observation
 

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.record import CalibrationRecord, load_record
 from gwp_edge.calibration.sampling import SampleRef, hash_sample
 from gwp_edge.calibration.verify_schema import Check, StepRange
+from gwp_edge.lerobot.dataset import LeRobotDataset
 
 # Fewer cannot say whether a range still grows: an eighth of them is less than one.
 MIN_SAMPLES = 8

@@ -8,7 +8,6 @@ each role, start together.
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,14 +24,14 @@ from gwp_edge.protocols import Camera
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import ImageArray
 
+if TYPE_CHECKING:
+    from gwp_edge.lerobot.dataset import LeRobotDataset
+
 Speed = Literal["real", "max"]
 # Enough for every camera's process to be up; one that is later joins at the right place.
 _LEAD_NS: Final = 2_000_000_000
 _MS_NS: Final = 1_000_000
 _FORMATS: Final = ("rgb8", "bgr8")
-# A reader of build-time code, loaded by name when a recording is opened and never before: it
-# needs pyarrow and PyAV, which a robot does without.
-_DATASET_READER: Final = "gwp_edge.calibration.dataset"
 
 _Options = TypeVar("_Options", bound="PlaybackOptions")
 
@@ -244,7 +243,7 @@ class LeRobotSource:
         self._role = role
         self._options = options
         self._camera = options.camera or role
-        self._dataset: Any = None
+        self._dataset: LeRobotDataset | None = None
         self._n_frames = 0
         self._period_ns = 0
         self._t_start_ns = 0
@@ -259,14 +258,15 @@ class LeRobotSource:
         """
         o = self._options
         try:
-            reader = importlib.import_module(_DATASET_READER)
+            # Needs pyarrow and PyAV, which a robot without recordings does without.
+            from gwp_edge.lerobot.dataset import LeRobotDataset
         except ImportError as e:
             raise DeviceError(
                 f"camera {self._role}: playing a LeRobot episode needs pyarrow and PyAV ({e}); "
                 "pip install 'gwp-edge[recorded]'"
             ) from e
         try:
-            self._dataset = reader.LeRobotDataset.open(o.root)
+            self._dataset = LeRobotDataset.open(o.root)
             self._n_frames = self._dataset.episode(o.episode).n_frames
             first = self._dataset.image(o.episode, 0, self._camera)
         except SpecError as e:
@@ -315,6 +315,8 @@ class LeRobotSource:
             dataset.close()
 
     def _image(self, frame: int) -> ImageArray:
+        if self._dataset is None:
+            raise DeviceError(f"camera {self._role} is not open; call open first")
         if self._pending is None or self._pending[0] != frame:
             try:
                 image = self._dataset.image(self._options.episode, frame, self._camera)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.errors import SpecError
-from gwp_edge.lerobot_files import DatasetWriter, EpisodeRows
+from gwp_edge.lerobot.writer import DatasetWriter, EpisodeRows
 from gwp_edge.session_format import Session
 from gwp_edge.status import Mode
 from gwp_edge.telemetry import Distribution

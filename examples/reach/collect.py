@@ -22,7 +22,7 @@ from gwp_edge.drivers import piper_model
 from gwp_edge.drivers.sim_world import SimWorld
 from gwp_edge.errors import SpecError
 from gwp_edge.evaluation.tasks import FIRST_DEMONSTRATION_SEED, TouchTask
-from gwp_edge.lerobot_files import DatasetWriter, EpisodeRows
+from gwp_edge.lerobot.writer import DatasetWriter, EpisodeRows
 from gwp_edge.types import FloatArray, ImageArray
 
 FPS = 30

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.export.layout import Layout, find_layout
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.preprocess import fit_view
 from gwp_edge.types import Float32Array
 

@@ -20,11 +20,11 @@ from model import ACTION_SHIFT, SIZES, VIDEO_SHIFT, prompts, told
 from PIL import Image
 from vae import decode, encode, load_vae, scale
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.evaluation.tasks import TouchTask
 from gwp_edge.export.unreduced import UnreducedNetwork
 from gwp_edge.export.unreduced_serving import load_network, sample
+from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.sampler import make_schedule
 
 _N_STEPS = 10

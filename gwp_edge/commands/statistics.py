@@ -30,12 +30,12 @@ def stats(
     Example: gwp-edge stats DATASET --out norm_stats.json
     """
     try:
-        from gwp_edge.calibration.dataset import LeRobotDataset
         from gwp_edge.calibration.statistics import (
             compute_statistics,
             delta_mask_from_names,
             write_statistics,
         )
+        from gwp_edge.lerobot.dataset import LeRobotDataset
     except ModuleNotFoundError as e:
         raise BuildError(
             f"stats needs {e.name}, which is not installed: pip install 'gwp-edge[export]'"

@@ -1,6 +1,7 @@
 """Recordings as live cameras: the camera contract, pace, order, looping and the end."""
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_rs_file_that_is_no_recording_is_refused(tmp_path, opened):
 @needs_reader
 def test_lerobot_frames_are_those_of_the_dataset_at_its_pace(opened):
     pytest.importorskip("av")
-    from gwp_edge.calibration.dataset import LeRobotDataset
+    from gwp_edge.lerobot.dataset import LeRobotDataset
 
     camera = opened("lerobot", root=str(DATASET), episode=1)
     camera.open()
@@ -199,10 +200,7 @@ def test_playback_options_are_checked(opened):
 
 
 def test_lerobot_without_its_libraries_names_the_extra(monkeypatch):
-    def fail(_name):
-        raise ModuleNotFoundError("No module named 'av'")
-
-    monkeypatch.setattr(recorded.importlib, "import_module", fail)
+    monkeypatch.setitem(sys.modules, "gwp_edge.lerobot.dataset", None)
     source = recorded.create_lerobot_source("cam_high", root=str(DATASET))
     with pytest.raises(DeviceError, match=r"gwp-edge\[recorded\]"):
         source.open()

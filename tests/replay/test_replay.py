@@ -175,7 +175,7 @@ def test_replay_on_another_canvas_compares_the_actions_alone(session):
 def test_export_is_a_dataset_that_calibration_reads(session, tmp_path):
     pytest.importorskip("av")
     pytest.importorskip("pyarrow")
-    from gwp_edge.calibration.dataset import LeRobotDataset
+    from gwp_edge.lerobot.dataset import LeRobotDataset
 
     report = export_lerobot(session, tmp_path / "dataset", task="swing")
     with LeRobotDataset.open(tmp_path / "dataset") as dataset:

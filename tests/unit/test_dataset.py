@@ -13,8 +13,8 @@ av = pytest.importorskip("av")
 
 from lerobot_writer import NAMES, edit_table, write_dataset  # noqa: E402
 
-from gwp_edge.calibration.dataset import LeRobotDataset  # noqa: E402
 from gwp_edge.errors import SpecError  # noqa: E402
+from gwp_edge.lerobot.dataset import LeRobotDataset  # noqa: E402
 from gwp_edge.spec import (  # noqa: E402
     CameraView,
     CanvasSpec,
@@ -393,7 +393,7 @@ def test_image_of_overwritten_bytes_is_right_or_refused_never_wrong(copy, shared
 
 def test_image_when_the_container_seeks_too_far_is_still_exact(shared):
     """Some containers index key frames by decoding time and land behind the frame asked for."""
-    from gwp_edge.calibration.video import VideoReader
+    from gwp_edge.lerobot.video import VideoReader
 
     class LateSeek:
         def __init__(self, container):

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot_writer import edit_table, motion, picture, write_dataset
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.observers import ChannelObserver, TensorObserver
 from gwp_edge.calibration.provenance import judge_dataset, require_recorded
 from gwp_edge.calibration.record import CalibrationRecord, load_record, save_record
@@ -28,6 +27,7 @@ from gwp_edge.calibration.sampling import (
     split_dataset,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 
 pytestmark = pytest.mark.export
 ROOT = Path(__file__).parents[1] / "data" / "dataset"

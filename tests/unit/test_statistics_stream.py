@@ -16,7 +16,6 @@ from hypothesis.extra import numpy as hnp
 from lerobot_writer import NAMES, write_dataset, write_rows
 
 from gwp_edge.calibration import statistics
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.quantiles import QuantileSelector
 from gwp_edge.calibration.statistics import (
     compute_statistics,
@@ -24,6 +23,7 @@ from gwp_edge.calibration.statistics import (
     write_statistics,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 
 pytestmark = pytest.mark.export
 ROOT = Path(__file__).parents[1] / "data" / "dataset"

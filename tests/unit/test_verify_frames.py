@@ -13,7 +13,6 @@ pytest.importorskip("pyarrow")
 
 from lerobot_writer import write_dataset
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.sampling import split_dataset
 from gwp_edge.calibration.verify_frames import (
     choose_prompts,
@@ -22,6 +21,7 @@ from gwp_edge.calibration.verify_frames import (
     noise_of,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 
 DATASET = Path(__file__).resolve().parents[1] / "data" / "dataset"
 

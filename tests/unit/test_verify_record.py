@@ -11,12 +11,12 @@ import pytest
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
-from gwp_edge.calibration.dataset import LeRobotDataset
 from gwp_edge.calibration.observers import TensorObserver
 from gwp_edge.calibration.record import CalibrationRecord, save_record
 from gwp_edge.calibration.sampling import choose_frames, reference_samples, split_dataset
 from gwp_edge.calibration.verify_record import MIN_SAMPLES, view_record
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot.dataset import LeRobotDataset
 
 DATASET = Path(__file__).resolve().parents[1] / "data" / "dataset"
 

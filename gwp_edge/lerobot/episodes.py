@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.calibration import dataset_files as files
-from gwp_edge.calibration.dataset_files import ACTION, CAMERA_PREFIX, STATE, DatasetInfo
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot import files
+from gwp_edge.lerobot.files import ACTION, CAMERA_PREFIX, STATE, DatasetInfo
 from gwp_edge.types import Float32Array, FloatArray, frozen_array
 
 # LeRobot's own tolerance between a time stamp and frame_index / fps, s.

@@ -14,12 +14,12 @@ from types import MappingProxyType
 
 import numpy as np
 
-from gwp_edge.calibration import dataset_files as files
-from gwp_edge.calibration.dataset_check import check_against
-from gwp_edge.calibration.dataset_files import ACTION, CAMERA_PREFIX, STATE
-from gwp_edge.calibration.episodes import Episode, EpisodeData, RowReader, cameras_of, read_episodes
-from gwp_edge.calibration.video import VideoReader
 from gwp_edge.errors import SpecError
+from gwp_edge.lerobot import files
+from gwp_edge.lerobot.check import check_against
+from gwp_edge.lerobot.episodes import Episode, EpisodeData, RowReader, cameras_of, read_episodes
+from gwp_edge.lerobot.files import ACTION, CAMERA_PREFIX, STATE
+from gwp_edge.lerobot.video import VideoReader
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array, ImageArray, frozen_array
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.errors import DeviceError, SpecError
-from gwp_edge.lerobot_stats import Stats, column_stats, merge_stats, numeric_stats
+from gwp_edge.lerobot.stats import Stats, column_stats, merge_stats, numeric_stats
 from gwp_edge.types import Float32Array, ImageArray
 
 _DATA_PATH: Final = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"

@@ -11,7 +11,7 @@ from gwp_edge.errors import SpecError
 from gwp_edge.spec import PolicySpec
 
 if TYPE_CHECKING:
-    from gwp_edge.calibration.dataset import LeRobotDataset
+    from gwp_edge.lerobot.dataset import LeRobotDataset
 
 _PERIOD_TOLERANCE = 1e-3
 # No arm turns a joint by two full turns either way, and no gripper opens a metre: beyond these
