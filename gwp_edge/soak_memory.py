@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-WARM_UP_S: Final = 20.0
+WARM_UP_S: Final = 60.0
 _LIFE_S: Final = 60.0
 _PERIOD_S: Final = 2.0
 
