@@ -9,65 +9,43 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
 
-from gwp_edge.bundle import Calibration, CurvePoint, MeasuredError
-from gwp_edge.calibration.collect import (
-    SMOOTHED,
-    CollectOptions,
-    SampleSet,
-    collect,
-    load_set,
-    quantizable_layers,
-)
-from gwp_edge.calibration.forward import BatchRunner, Network, Progress
+from gwp_edge.bundle import Calibration, MeasuredError
+from gwp_edge.calibration.applied_ranges import AppliedRanges, applied_ranges
+from gwp_edge.calibration.choice import METHODS, choose_ranges, recipe_with_ranges
+from gwp_edge.calibration.collect import CollectOptions, collect, load_set, quantizable_layers
+from gwp_edge.calibration.forward import Network, Progress
+from gwp_edge.calibration.judge import Judge, LayerSize, layer_sizes
 from gwp_edge.calibration.provenance import require_recorded
 from gwp_edge.calibration.record import CalibrationRecord, load_record, save_record
 from gwp_edge.calibration.sensitivity import (
     Budget,
-    Point,
     SearchResult,
     describe,
     describe_budget,
     make_units,
     search,
 )
+from gwp_edge.calibration.summary import summarise
 from gwp_edge.calibration.thresholds import Method
 from gwp_edge.errors import BuildError, SpecError
-from gwp_edge.export.errors_measured import measure_error
 from gwp_edge.export.folding import FoldedWeights
-from gwp_edge.export.graphs import denoise_graph, prefill_graph
 from gwp_edge.export.ops import WeightSource
-from gwp_edge.export.precision import (
-    STATIC_FORMATS,
-    Format,
-    Recipe,
-    make_recipe,
-    scale_key,
-)
+from gwp_edge.export.precision import STATIC_FORMATS, Format, Recipe, make_recipe
 from gwp_edge.export.quantized_linear import weight_bytes
 from gwp_edge.export.recipe_file import read_recipe
 from gwp_edge.export.targets import check_target_precision
-from gwp_edge.export.weight_bank import WeightBank
 from gwp_edge.lerobot.dataset import LeRobotDataset
-from gwp_edge.types import Float32Array, FloatArray
+from gwp_edge.types import Float32Array
 
 logger = logging.getLogger(__name__)
-
-METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse", "entropy")
-# A range seen on n rows is widened by this over sqrt(n): the state token is one row a sample.
-_HEADROOM = 2.0
-# Above this many weights, one pass takes minutes on a CPU, and the choice of ranges is not tried.
-_MANY_WEIGHTS = 500_000_000
-_STAGES = ("prefill", "denoise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +92,7 @@ class Quantized:
         weights: the checkpoint, with smoothing folded in where that was chosen.
         error: measured on held-out samples; None without a dataset.
         calibration: for the manifest; None where nothing was calibrated.
+        ranges: what the codes follow from, for the bundle.
         notes: what a user must know.
     """
 
@@ -121,29 +100,8 @@ class Quantized:
     weights: WeightSource
     error: MeasuredError | None
     calibration: Calibration | None
+    ranges: AppliedRanges
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSize:
-    """Weights of a layer, and its operations in one chunk."""
-
-    n_values: int
-    flops: int
-
-
-def layer_sizes(network: Network) -> dict[str, LayerSize]:
-    """Return all quantizable layers that the graphs run, in order."""
-    spec, exact = network.spec, make_recipe("fp32")
-    sizes: dict[str, LayerSize] = {}
-    wanted = set(quantizable_layers(network))
-    for record, n_runs in ((prefill_graph, 1), (denoise_graph, spec.sampler.n_steps)):
-        for cost in record(network.weights, spec, exact, WeightBank(), "native").costs:
-            if cost.name in wanted:
-                known = sizes.get(cost.name)
-                flops = cost.flops * n_runs + (known.flops if known else 0)
-                sizes[cost.name] = LayerSize(n_values=cost.weight_bytes // 4, flops=flops)
-    return {name: sizes[name] for name in quantizable_layers(network) if name in sizes}
 
 
 def fingerprint(network: Network) -> str:
@@ -153,33 +111,6 @@ def fingerprint(network: Network) -> str:
         bias = network.weights.load(f"{layer}.bias").to(torch.float32)
         digest.update(bias.numpy().tobytes())
     return digest.hexdigest()
-
-
-class _Judge:
-    """Measures recipes on held-out samples. Threads: one owner."""
-
-    def __init__(self, network: Network, held_out: SampleSet, device: str, name: str) -> None:
-        self._runner = BatchRunner(network, held_out.prepared, device=device)
-        self._exact = self._actions(make_recipe("fp32"), network.weights)
-        self._channels = network.spec.channels
-        episodes = sorted({ref.episode for ref in held_out.refs})
-        listed = ", ".join(str(e) for e in episodes)
-        self._inputs = (
-            f"{len(held_out.refs)} held-out samples of {name} (episode {listed}), "
-            "emulated arithmetic"
-        )
-        self.n_runs = 0
-
-    def _actions(self, recipe: Recipe, weights: WeightSource) -> list[FloatArray]:
-        return self._runner.actions(self._runner.run(recipe, weights=weights))
-
-    def measure(self, recipe: Recipe, weights: WeightSource) -> MeasuredError:
-        """Return the action error of a recipe against float32, same noise."""
-        self.n_runs += 1
-        actions = self._actions(recipe, weights)
-        if not np.isfinite(np.stack(actions)).all():
-            raise BuildError(f"{recipe.name}: actions are not finite; choose another --precision")
-        return measure_error(actions, self._exact, self._channels, self._inputs)
 
 
 def quantize(
@@ -228,7 +159,7 @@ def quantize(
                 known_prompts=known_prompts,
                 progress=progress,
             )
-            judge = _Judge(network, held_out, options.collect.device, dataset.name)
+            judge = Judge(network, held_out, options.collect.device, dataset.name)
     return _decide(network, options, base, sizes, record, judge, notes, progress)
 
 
@@ -291,63 +222,31 @@ def _check_record(network: Network, record: CalibrationRecord, path: Path) -> No
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Choice:
-    """How ranges follow from the record."""
-
-    method: Method
-    is_smoothed: bool
-
-
-def _recipe(
-    base: Recipe,
-    record: CalibrationRecord,
-    choice: _Choice,
-    layers: Sequence[str],
-    percentile: float,
-) -> Recipe:
-    """Return ``base`` with ranges and means; a layer whose input was always zero stays high."""
-    prefix = SMOOTHED if choice.is_smoothed else ""
-    thresholds: dict[str, float] = {}
-    means: dict[str, Float32Array] = {}
-    overrides = dict(base.overrides)
-    for layer in layers:
-        fmt = base.of(layer)
-        for stage in _STAGES:
-            key = scale_key(stage, layer)
-            observer = record.tensors.get(prefix + key)
-            if observer is None:
-                continue
-            means[key] = record.means[prefix + key]
-            if fmt not in STATIC_FORMATS or key in thresholds:
-                continue
-            found = observer.threshold(
-                choice.method,
-                percentile=percentile,
-                number_format="fp8" if fmt == "fp8" else "int8",
-            )
-            n_rows = observer.histogram().n_values / len(means[key])
-            thresholds[key] = found * (1.0 + _HEADROOM / math.sqrt(n_rows))
-        used = [thresholds.get(scale_key(stage, layer), 1.0) for stage in _STAGES]
-        if fmt in STATIC_FORMATS and min(used) == 0.0:
-            overrides[layer] = (base.rest, "its input was zero in all of calibration: no range")
-    return replace(base, thresholds=thresholds, means=means, overrides=overrides)
-
-
 def _decide(
     network: Network,
     options: QuantizeOptions,
     base: Recipe,
     sizes: Mapping[str, LayerSize],
     record: CalibrationRecord | None,
-    judge: _Judge | None,
+    judge: Judge | None,
     notes: list[str],
     progress: Progress | None,
 ) -> Quantized:
     recipe, weights, choice = base, network.weights, None
     if record is not None:
-        choice = _choose(network, options, base, sizes, record, judge, progress)
-        recipe = _recipe(base, record, choice, tuple(sizes), options.percentile)
+        choice = choose_ranges(
+            network,
+            base,
+            sizes,
+            record,
+            judge,
+            observer=options.observer,
+            percentile=options.percentile,
+            budget=options.budget,
+            device=options.collect.device,
+            progress=progress,
+        )
+        recipe = recipe_with_ranges(base, record, choice, tuple(sizes), options.percentile)
         if choice.is_smoothed:
             weights = FoldedWeights(network.weights, record.smoothing)
     found: SearchResult | None = None
@@ -359,14 +258,22 @@ def _decide(
     error = judge.measure(recipe, weights) if judge is not None else None
     summary = None
     if record is not None and choice is not None:
-        summary = _summary(options, record, choice, judge, found.curve if found else ())
+        searched = judge is not None and options.recipe_file is None
+        summary = summarise(record, choice, recipe, found, options.budget if searched else None)
         growing = sum(_is_growing(record, key) for key in recipe.thresholds)
         if growing:
             notes.append(
                 f"{growing} of {len(recipe.thresholds)} ranges still grew with more samples"
             )
     return Quantized(
-        recipe=recipe, weights=weights, error=error, calibration=summary, notes=tuple(notes)
+        recipe=recipe,
+        weights=weights,
+        error=error,
+        calibration=summary,
+        ranges=applied_ranges(
+            recipe, record, is_smoothed=choice is not None and choice.is_smoothed
+        ),
+        notes=tuple(notes),
     )
 
 
@@ -374,48 +281,12 @@ def _is_growing(record: CalibrationRecord, key: str) -> bool:
     return record.tensors[key].convergence("minmax").is_growing
 
 
-def _choose(
-    network: Network,
-    options: QuantizeOptions,
-    base: Recipe,
-    sizes: Mapping[str, LayerSize],
-    record: CalibrationRecord,
-    judge: _Judge | None,
-    progress: Progress | None,
-) -> _Choice:
-    """Return the observer, and whether to smooth, with the least error on held-out samples."""
-    methods: Sequence[Method] = [m for m in METHODS if options.observer in ("auto", m)]
-    if not any(base.of(layer) in STATIC_FORMATS for layer in sizes):
-        methods = methods[:1]  # no activation is quantized
-    smoothings = (False, True) if record.smoothing else (False,)
-    many = sum(size.n_values for size in sizes.values()) > _MANY_WEIGHTS
-    if judge is None or (many and options.collect.device == "cpu"):
-        logger.info("ranges are chosen by squared error: nothing to measure on, or too slow here")
-        method: Method = "mse" if options.observer == "auto" else methods[0]
-        return _Choice(method=method, is_smoothed=False)
-    tried: list[tuple[float, _Choice]] = []
-    choices = [_Choice(method=m, is_smoothed=s) for s in smoothings for m in methods]
-    # Only the ratio of both units matters here.
-    scale = options.budget or Budget()
-    for i, choice in enumerate(choices):
-        recipe = _recipe(base, record, choice, tuple(sizes), options.percentile)
-        weights: WeightSource = network.weights
-        if choice.is_smoothed:
-            weights = FoldedWeights(network.weights, record.smoothing)
-        error = judge.measure(recipe, weights)
-        logger.info("ranges by %s: %s", choice, describe(error))
-        tried.append((scale.use(error), choice))
-        if progress is not None:
-            progress("choose ranges", i + 1, len(choices))
-    return min(tried, key=lambda pair: pair[0])[1]
-
-
 def _search(
     options: QuantizeOptions,
     recipe: Recipe,
     weights: WeightSource,
     sizes: Mapping[str, LayerSize],
-    judge: _Judge,
+    judge: Judge,
     budget: Budget,
     progress: Progress | None,
 ) -> SearchResult:
@@ -462,37 +333,3 @@ def _accept(
             f"{describe_budget(budget)}; all of them would give {describe(whole.error)}"
         )
     return found.recipe
-
-
-def _finite(limit: float) -> float | None:
-    return limit if math.isfinite(limit) else None
-
-
-def _summary(
-    options: QuantizeOptions,
-    record: CalibrationRecord,
-    choice: _Choice,
-    judge: _Judge | None,
-    curve: Sequence[Point],
-) -> Calibration:
-    listed = [[r.dataset, r.episode, r.frame, r.sha256] for r in record.samples]
-    budget = options.budget if judge is not None and options.recipe_file is None else None
-    return Calibration(
-        dataset=str(record.provenance.get("dataset", "")),
-        n_samples=len(record.samples),
-        samples_sha256=hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
-        seed=int(record.provenance["seed"]),
-        is_synthetic=record.is_synthetic,
-        observer=choice.method,
-        is_smoothed=choice.is_smoothed,
-        budget_rad=_finite(budget.joints_rad) if budget else None,
-        budget_m=_finite(budget.grippers_m) if budget else None,
-        curve=tuple(
-            CurvePoint(
-                quantized_share=p.quantized_share,
-                joints_rad_p99=p.error.joints_rad.p99 if p.error.joints_rad else None,
-                grippers_m_p99=p.error.grippers_m.p99 if p.error.grippers_m else None,
-            )
-            for p in curve
-        ),
-    )

@@ -50,8 +50,8 @@ class CalibrationRecord:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save_record(path: Path, record: CalibrationRecord) -> None:
-    """Write a record; equal records give equal bytes. Written beside and renamed into place."""
+def record_bytes(record: CalibrationRecord) -> bytes:
+    """Return the content of a record's file; equal records give equal bytes."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     tensors: dict[str, dict[str, Any]] = {}
     for name, observer in record.tensors.items():
@@ -82,9 +82,14 @@ def save_record(path: Path, record: CalibrationRecord) -> None:
     }
     # One key only: the library writes several in no fixed order.
     metadata = {"gwp-edge": json.dumps({"version": _VERSION, **header}, sort_keys=True)}
+    return save(dict(sorted(arrays.items())), metadata=metadata)
+
+
+def save_record(path: Path, record: CalibrationRecord) -> None:
+    """Write a record beside its place and rename it."""
     beside = path.with_name(path.name + ".part")
     try:
-        beside.write_bytes(save(dict(sorted(arrays.items())), metadata=metadata))
+        beside.write_bytes(record_bytes(record))
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

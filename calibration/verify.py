@@ -19,6 +19,7 @@ import numpy as np
 
 import gwp_edge
 from gwp_edge.bundle import Bundle
+from gwp_edge.calibration.applied_ranges import load_ranges
 from gwp_edge.calibration.provenance import judge_dataset
 from gwp_edge.calibration.verify_checks import Limits, error_checks, verdict
 from gwp_edge.calibration.verify_engine import Answer, EngineChoice, run_bundle
@@ -30,7 +31,7 @@ from gwp_edge.calibration.verify_frames import (
     choose_verification,
     judge_statistics,
 )
-from gwp_edge.calibration.verify_record import RecordView, view_record
+from gwp_edge.calibration.verify_record import RecordView, view_bundle, view_record
 from gwp_edge.calibration.verify_schema import (
     Check,
     Comparison,
@@ -38,6 +39,7 @@ from gwp_edge.calibration.verify_schema import (
     PlotChunk,
     Rows,
     SampleId,
+    Sensitivity,
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
@@ -111,6 +113,9 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
         raise SpecError(f"{flag} needs the float32 reference: give the checkpoint with --against")
     record = view_record(options.calibration_record)
     bundle = Bundle.open(options.bundle, progress=progress)
+    ranges = load_ranges(bundle)
+    if options.calibration_record is None:
+        record = view_bundle(bundle, ranges)
     spec = bundle.spec
     ruler = make_ruler(
         spec, n_first_rows=options.n_first_rows, threshold_m=options.gripper_threshold_m
@@ -122,7 +127,13 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             from gwp_edge.calibration.verify_reference import open_reference
 
             reference = stack.enter_context(open_reference(bundle, options.reference, progress))
-        chosen = choose_verification(dataset, spec, n_samples=options.n_samples, seed=options.seed)
+        chosen = choose_verification(
+            dataset,
+            spec,
+            n_samples=options.n_samples,
+            seed=options.seed,
+            calibrated=record.frames(dataset),
+        )
         dataset.check_against(spec, episodes=chosen.episodes)
         files = () if reference is None else reference.prompt_files
         prompts, prompt_notes = _prompts(dataset, spec, chosen, options.task, files)
@@ -145,6 +156,7 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
                 reference,
                 answers,
                 ruler,
+                ranges,
                 layers=options.layers,
                 threads=options.engine.threads,
                 progress=progress,
@@ -284,9 +296,18 @@ def _report(
         reference_open_loop=reference_open_loop,
         emulation=None if against is None else against.emulation,
         layers=() if against is None else against.layers,
-        sensitivity=(),
+        sensitivity=_sensitivity(bundle),
         ranges=record.ranges,
         chunks=_plots(answers, None if against is None else against.actions),
+    )
+
+
+def _sensitivity(bundle: Bundle) -> tuple[Sensitivity, ...]:
+    calibration = bundle.manifest.calibration
+    return tuple(
+        Sensitivity(name=cost.name, p99_rad=cost.joints_rad_p99, format=cost.format)
+        for cost in (calibration.sensitivity if calibration is not None else ())
+        if cost.joints_rad_p99 is not None
     )
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import load_file
 
 from gwp_edge.bundle import Bundle
+from gwp_edge.calibration.applied_ranges import AppliedRanges, recipe_of
 from gwp_edge.calibration.verify_engine import Answer
 from gwp_edge.calibration.verify_errors import Ruler, compare
 from gwp_edge.calibration.verify_frames import Prompt
-from gwp_edge.calibration.verify_layers import measure_layers, recipe_of
+from gwp_edge.calibration.verify_layers import measure_layers
 from gwp_edge.calibration.verify_reference import (
     FloatReference,
     PromptCache,
@@ -22,6 +23,7 @@ from gwp_edge.calibration.verify_reference import (
     spec_differences,
 )
 from gwp_edge.calibration.verify_schema import Check, Comparison, LayerReport
+from gwp_edge.export.folding import FoldedWeights, unfold_prompt
 from gwp_edge.export.reference import ChunkInput
 from gwp_edge.types import FloatArray
 
@@ -54,6 +56,7 @@ def run_reference(
     reference: FloatReference,
     answers: Sequence[Answer],
     ruler: Ruler,
+    ranges: AppliedRanges,
     *,
     layers: bool,
     threads: int | None = None,
@@ -66,12 +69,14 @@ def run_reference(
         reference: the open checkpoint.
         answers: the bundle's answers, with their inputs.
         ruler: how to compare.
+        ranges: what the bundle was quantized with.
         layers: judge every layer on a few samples.
         threads: CPU threads of torch; None leaves the number to it.
         progress: called with stage, done and total.
     """
     used = list(dict.fromkeys(a.prompt for a in answers))
-    caches = {prompt: reference.cache(bundle, prompt) for prompt in used}
+    held = {prompt: _held(bundle, prompt.task, ranges) for prompt in used}
+    caches = {prompt: reference.cache(held[prompt], prompt) for prompt in used}
     inputs = [ChunkInput(canvas=a.canvas, state=a.state, noise=a.noise) for a in answers]
     stage, done = "float32 reference", 0
 
@@ -83,7 +88,7 @@ def run_reference(
     progress(stage, 0, len(inputs))
     with _torch_threads(threads):
         actions = reference.answer(inputs, [caches[a.prompt] for a in answers], advance)
-    checks = [_specification(bundle, reference), _prompts(bundle, caches)]
+    checks = [_specification(bundle, reference), _prompts(held, caches)]
     notes = [*reference.notes, *_origin(bundle, reference)]
     emulation: Comparison | None = None
     layer_reports: tuple[LayerReport, ...] = ()
@@ -95,9 +100,9 @@ def run_reference(
             emulation, layer_reports = _layers(
                 bundle,
                 reference,
+                ranges,
                 [inputs[i] for i in picked],
                 [answers[i].prompt for i in picked],
-                caches,
                 ruler,
                 progress,
             )
@@ -128,17 +133,19 @@ def _specification(bundle: Bundle, reference: FloatReference) -> Check:
     return Check(name="specification", passed=not found, text=text)
 
 
-def _held(bundle: Bundle, task: str) -> PromptCache:
-    return load_file(bundle.file(bundle.manifest.prompts[task]))
+def _held(bundle: Bundle, task: str, ranges: AppliedRanges) -> PromptCache:
+    """Return the bundle's text K/V, without the factors that it folded into them."""
+    cache = load_file(bundle.file(bundle.manifest.prompts[task]))
+    return unfold_prompt(cache, ranges.factors, bundle.spec.network)
 
 
-def _prompts(bundle: Bundle, caches: dict[Prompt, PromptCache]) -> Check:
+def _prompts(held: dict[Prompt, PromptCache], caches: dict[Prompt, PromptCache]) -> Check:
     unknown = [prompt.task for prompt in caches if prompt.file is None]
     wrong = []
     for prompt, expected in caches.items():
         if prompt.file is None:
             continue
-        difference = prompt_difference(_held(bundle, prompt.task), expected)
+        difference = prompt_difference(held[prompt], expected)
         if not is_same_prompt(difference):
             wrong.append(f"{prompt.task!r} is not what is in {prompt.file} ({difference:.0%} off)")
     if wrong:
@@ -166,13 +173,14 @@ def _origin(bundle: Bundle, reference: FloatReference) -> list[str]:
 def _layers(
     bundle: Bundle,
     reference: FloatReference,
+    ranges: AppliedRanges,
     inputs: Sequence[ChunkInput],
     prompts: Sequence[Prompt],
-    caches: dict[Prompt, PromptCache],
     ruler: Ruler,
     progress: Progress,
 ) -> tuple[Comparison, tuple[LayerReport, ...]]:
-    recipe = recipe_of(bundle.manifest.precision)
+    recipe = recipe_of(bundle.manifest.precision, ranges)
+    folded = replace(reference, weights=FoldedWeights(reference.weights, ranges.factors))
     done = 0
 
     def advance() -> None:
@@ -181,8 +189,11 @@ def _layers(
         progress("layers", done, len(inputs))
 
     progress("layers", 0, len(inputs))
-    pairs = [(caches[prompt], _held(bundle, prompt.task)) for prompt in prompts]
-    reports, exact, reduced = measure_layers(reference, recipe, inputs, pairs, advance)
+    pairs = []
+    for prompt in prompts:
+        held = load_file(bundle.file(bundle.manifest.prompts[prompt.task]))
+        pairs.append((folded.cache(held, prompt), held))
+    reports, exact, reduced = measure_layers(folded, recipe, inputs, pairs, advance)
     compared = compare(
         reduced, exact, ruler, of=f"{recipe.name} emulated in torch", against="float32 in torch"
     )

@@ -7,38 +7,17 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from gwp_edge.bundle import Precision
 from gwp_edge.calibration.pair_ops import LayerMeter, Pair, PairOps, same
 from gwp_edge.calibration.verify_reference import FloatReference, PromptCache
 from gwp_edge.calibration.verify_schema import LayerReport
-from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.network import ActionPath, KeyValue, streams
-from gwp_edge.export.precision import FLOAT_FORMATS, Format, Recipe, make_recipe
+from gwp_edge.export.precision import Recipe, make_recipe
 from gwp_edge.export.reference import ChunkInput
 from gwp_edge.export.torch_ops import TorchOps
 from gwp_edge.export.vision_encoder import VisionEncoder
 from gwp_edge.preprocess import actions_from_network, normalise_state
 from gwp_edge.types import FloatArray
-
-
-def recipe_of(precision: Precision) -> Recipe:
-    """Return the recipe that a bundle was exported with, layer by layer from its manifest.
-
-    Raises:
-        SpecError: the manifest alone does not say how a layer computes.
-    """
-    overrides: dict[str, tuple[Format, str]] = {}
-    for layer in precision.layers:
-        fmt = next((known for known in FLOAT_FORMATS if known == layer.format), None)
-        if fmt is None:
-            raise SpecError(
-                f"--layers: {layer.name} computes in {layer.format}, whose ranges the manifest "
-                "does not hold; leave out --layers"
-            )
-        overrides[layer.name] = (fmt, layer.reason)
-    recipe = make_recipe(precision.name)
-    return Recipe(name=recipe.name, default=recipe.default, overrides=overrides)
 
 
 def measure_layers(
@@ -51,10 +30,11 @@ def measure_layers(
     """Run chunks with two recipes side by side and judge every layer.
 
     Args:
-        reference: weights and spec.
+        reference: weights and spec; where the bundle has factors folded in, so must the weights,
+            or its layers would differ in scale alone.
         recipe: what to hold against float32.
         inputs: what to answer.
-        caches: text K/V of each input, in float32 and as the recipe rounds them.
+        caches: text K/V of each input, from those weights in float32 and as the bundle holds them.
         progress: called after each input.
 
     Returns:

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from gwp_edge.bundle import Bundle
+from gwp_edge.calibration.applied_ranges import AppliedRanges
 from gwp_edge.calibration.record import CalibrationRecord, load_record
 from gwp_edge.calibration.sampling import SampleRef, hash_sample
 from gwp_edge.calibration.verify_schema import Check, StepRange
@@ -20,16 +22,16 @@ _N_REHASHED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class RecordView:
-    """A record as a verification needs it.
+    """A calibration as a verification needs it: from its record, or from the bundle.
 
     Attributes:
-        record: the record, or None without one.
+        samples: what calibration saw; empty where nothing says it.
         ranges: largest magnitude of each input by step.
         checks: whether the samples are enough.
         notes: what a user must know.
     """
 
-    record: CalibrationRecord | None
+    samples: tuple[SampleRef, ...] = ()
     ranges: tuple[StepRange, ...] = ()
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
@@ -40,15 +42,14 @@ class RecordView:
 
     def refs_into(self, dataset: LeRobotDataset) -> tuple[SampleRef, ...]:
         """Return the references into ``dataset``, which is known by its name."""
-        refs = self.record.samples if self.record is not None else ()
-        return tuple(ref for ref in refs if ref.dataset == dataset.name)
+        return tuple(ref for ref in self.samples if ref.dataset == dataset.name)
 
     def check_samples(self, dataset: LeRobotDataset, n_rows: int) -> tuple[Check, ...]:
         """Look at a few calibration samples again: are they what the dataset holds?
 
         Cameras that were exchanged, an edited episode or another decoder show here.
         """
-        if self.record is None:
+        if not self.samples:
             return ()
         refs = self.refs_into(dataset)
         if not refs:
@@ -74,10 +75,10 @@ def view_record(path: Path | None) -> RecordView:
         SpecError: not a readable record.
     """
     if path is None:
-        return RecordView(record=None)
+        return RecordView()
     record = load_record(path)
     return RecordView(
-        record=record,
+        samples=record.samples,
         ranges=tuple(
             StepRange(name=name, steps=tuple(seen.histogram(step).amax for step in seen.steps))
             for name, seen in record.tensors.items()
@@ -87,14 +88,43 @@ def view_record(path: Path | None) -> RecordView:
     )
 
 
+def view_bundle(bundle: Bundle, ranges: AppliedRanges) -> RecordView:
+    """Return what a bundle says of its calibration; an empty view where there was none."""
+    calibration = bundle.manifest.calibration
+    if calibration is None:
+        return RecordView()
+    n = calibration.n_samples
+    return RecordView(
+        samples=tuple(
+            SampleRef(dataset=s.dataset, episode=s.episode, frame=s.frame, sha256=s.sha256)
+            for s in calibration.samples
+        ),
+        ranges=tuple(
+            StepRange(name=name, steps=tuple(float(x) for x in amax))
+            for name, amax in ranges.step_amax.items()
+        ),
+        checks=(_enough(n) or Check(name="calibration", passed=True, text=f"{n} samples"),),
+        notes=("the calibration samples are not recorded data",)
+        if calibration.is_synthetic
+        else (),
+    )
+
+
+def _enough(n_samples: int) -> Check | None:
+    """Return a failed check where there are too few samples."""
+    if n_samples >= MIN_SAMPLES:
+        return None
+    return Check(
+        name="calibration",
+        passed=False,
+        text=f"{n_samples} samples, expected at least {MIN_SAMPLES}: calibrate with more --samples",
+    )
+
+
 def _settled(record: CalibrationRecord) -> Check:
     n = len(record.samples)
-    if n < MIN_SAMPLES:
-        return Check(
-            name="calibration",
-            passed=False,
-            text=f"{n} samples, expected at least {MIN_SAMPLES}: calibrate with more --samples",
-        )
+    if (few := _enough(n)) is not None:
+        return few
     growing = [t.name for t in record.tensors.values() if t.convergence().is_growing]
     text = f"{n} samples, {len(growing)} of {len(record.tensors)} ranges still grow"
     if len(growing) > _MAX_GROWING * len(record.tensors):

@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.calibration.verify_frames import Prompt
@@ -103,10 +102,9 @@ class FloatReference:
         rows = read_prompt_embedding(file, text_dim=self.spec.network.text_dim)
         return torch.from_numpy(pad_rows(rows))
 
-    def cache(self, bundle: Bundle, prompt: Prompt) -> PromptCache:
-        """Return the text K/V in float32; the bundle's own where there is no embedding."""
+    def cache(self, held: PromptCache, prompt: Prompt) -> PromptCache:
+        """Return the text K/V in float32; those that the bundle holds where there is no file."""
         if prompt.file is None:
-            held = load_file(bundle.file(bundle.manifest.prompts[prompt.task]))
             return {name: value.to(torch.float32) for name, value in held.items()}
         return prompt_cache(
             self.weights, self.spec, self.embedding(prompt.file), make_recipe("fp32")

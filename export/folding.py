@@ -24,7 +24,9 @@ from collections.abc import Mapping
 
 import torch
 
+from gwp_edge.export.network import streams
 from gwp_edge.export.ops import WeightSource
+from gwp_edge.spec import NetworkSpec
 from gwp_edge.types import Float32Array
 
 _NORM_ROWS = {"attn1.qkv": (0, 1), "ffn.net.0.proj": (3, 4)}
@@ -107,3 +109,24 @@ def factor_name(layer: str) -> str | None:
     if kind in _SAME:
         return f"{block}{expert}{kind}"
     return f"{block}attn1.values" if kind == "attn1.to_out.0" else None
+
+
+def unfold_prompt(
+    cache: Mapping[str, torch.Tensor], factors: Mapping[str, Float32Array], network: NetworkSpec
+) -> dict[str, torch.Tensor]:
+    """Return a prompt cache as it was before the rows of ``attn2.to_v`` were divided.
+
+    Args:
+        cache: ``prompt_k.S.i``, ``prompt_v.S.i`` and ``prompt_bias`` of a folded network.
+        factors: as of :class:`FoldedWeights`; powers of two, so that this is exact.
+        network: sizes.
+    """
+    plain = dict(cache)
+    for stream in streams(network):
+        for i in range(network.n_layers):
+            factor = factors.get(f"{stream.block.format(i)}attn2.to_out.0")
+            name = f"prompt_v.{stream.name}.{i}"
+            if factor is not None and name in plain:
+                rows = torch.tensor(factor).reshape(network.n_heads, 1, network.head_dim)
+                plain[name] = (plain[name].to(torch.float32) * rows).to(plain[name].dtype)
+    return plain

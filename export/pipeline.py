@@ -36,6 +36,7 @@ from gwp_edge.bundle import (
     bundle_id,
     hash_file,
 )
+from gwp_edge.calibration.applied_ranges import RANGES_FILE, save_ranges
 from gwp_edge.calibration.collect import DEFAULT_N_HELD_OUT, CollectOptions
 from gwp_edge.calibration.forward import Network, default_device
 from gwp_edge.calibration.quantize import Quantized, QuantizeOptions, quantize
@@ -359,6 +360,8 @@ def _write(options: ExportOptions, inputs: _Inputs, progress: Progress) -> Bundl
         with _bytes_progress(progress, "write weights", bank.n_bytes) as advance:
             weights_hash = bank.write(work / WEIGHTS_FILE, advance)
         prompts = _write_prompts(inputs, work, progress)
+        if inputs.quantized is not None:
+            save_ranges(work / RANGES_FILE, inputs.quantized.ranges)
         modulation = tables.denoise_rows(inputs.network, inputs.spec)
         save_file({"modulation": modulation.contiguous()}, work / TABLES_FILE)
         # Hashing runs beside the arithmetic; both leave the interpreter lock alone.
@@ -522,7 +525,7 @@ def _manifest(
         schema_version=SCHEMA_VERSION,
         bundle_id=bundle_id(inputs.spec, files),
         spec=inputs.spec,
-        precision=_precision(inputs.recipe, graphs),
+        precision=_precision(inputs, graphs),
         graphs={form: _graph_set(graphs, form) for form in dict.fromkeys(g.form for g in graphs)},
         prompts=prompts,
         tables=TABLES_FILE,
@@ -547,7 +550,8 @@ def _graph_set(graphs: Sequence[Graph], form: str) -> GraphSet:
     return GraphSet(**{**files, **{g.stage: _graph_file(g) for g in graphs if g.form == form}})
 
 
-def _precision(recipe: Recipe, graphs: Sequence[Graph]) -> Precision:
+def _precision(inputs: _Inputs, graphs: Sequence[Graph]) -> Precision:
+    recipe = inputs.recipe
     layers = tuple(
         Layer(
             stage=graph.stage,
@@ -561,7 +565,12 @@ def _precision(recipe: Recipe, graphs: Sequence[Graph]) -> Precision:
         if graph.form == "native"
         for cost in graph.costs
     )
-    return Precision(name=recipe.name, cache=cache_format(recipe), layers=layers)
+    return Precision(
+        name=recipe.name,
+        cache=cache_format(recipe),
+        layers=layers,
+        ranges=RANGES_FILE if inputs.quantized is not None else None,
+    )
 
 
 def _wants_engine(options: ExportOptions, bank: WeightBank) -> bool:

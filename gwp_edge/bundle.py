@@ -71,11 +71,15 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         name: precision of the bundle as asked for.
         cache: format of prefix and prompt K/V.
         layers: every layer that carries weights or multiplies activations.
+        ranges: safetensors file with what quantization followed from: clipping thresholds, mean
+            inputs, folded factors and ranges by step; None where nothing is quantized. No engine
+            reads it: the graphs hold the resulting scales.
     """
 
     name: str
     cache: str
     layers: tuple[Layer, ...]
+    ranges: str | None = None
 
 
 class ChannelError(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -117,13 +121,46 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     grippers_m_p99: float | None
 
 
+class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One frame that ranges come from, by place and by the SHA-256 of its content."""
+
+    dataset: str
+    episode: int
+    frame: int
+    sha256: str
+
+
+class UnitCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What quantizing one layer or group of layers alone costs and saves.
+
+    Attributes:
+        name: layer or group.
+        format: the format that was tried.
+        is_quantized: it computes in that format in this bundle.
+        joints_rad_p99: 99th percentile of the error of joints; None where there are none.
+        grippers_m_p99: the same of grippers.
+        saved_bytes: of weights, by quantizing it.
+        flops: operations in one chunk that then run in the cheaper format.
+    """
+
+    name: str
+    format: str
+    is_quantized: bool
+    joints_rad_p99: float | None
+    grippers_m_p99: float | None
+    saved_bytes: int
+    flops: int
+
+
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a bundle was calibrated.
 
     Attributes:
         dataset: name of the dataset.
         n_samples: samples that the ranges come from.
+        samples: all of them.
         samples_sha256: hash over place and content of every one of them.
+        record_sha256: hash of the calibration record.
         seed: of the choice of samples and of the noise.
         is_synthetic: the dataset was not recorded on a robot.
         observer: how ranges follow from what was seen.
@@ -131,11 +168,15 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         budget_rad: largest allowed 99th percentile of the joints' error; None without a search.
         budget_m: the same of grippers.
         curve: recipes that the search measured, most quantized first.
+        sensitivity: what each part alone costs, in the order of the network; empty where the
+            whole fits the budget at once, or no search was asked for.
     """
 
     dataset: str
     n_samples: int
+    samples: tuple[CalibrationSample, ...]
     samples_sha256: str
+    record_sha256: str
     seed: int
     is_synthetic: bool
     observer: str
@@ -143,6 +184,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     budget_rad: float | None
     budget_m: float | None
     curve: tuple[CurvePoint, ...]
+    sensitivity: tuple[UnitCost, ...] = ()
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -373,6 +415,8 @@ def _read_manifest(root: Path) -> Manifest:
 
 def _referenced(manifest: Manifest) -> set[str]:
     names = {manifest.tables, manifest.weights, manifest.golden.file, *manifest.prompts.values()}
+    if manifest.precision.ranges is not None:
+        names.add(manifest.precision.ranges)
     for graphs in manifest.graphs.values():
         names |= {graphs.vision, graphs.prefill, graphs.denoise}
     return names
