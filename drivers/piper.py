@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,7 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        _each(lambda unit=unit: unit.poll(now_ns) for unit in self._units)  # type: ignore[misc]
+        _each([(unit.poll, now_ns) for unit in self._units])
         position: list[float] = []
         velocity: list[float] = []
         faults = [fault for u in self._units if (fault := u.feedback.fault(now_ns)) is not None]
@@ -162,10 +163,7 @@ class PiperArm:
             unit.prepare(targets[i * N_CHANNELS : (i + 1) * N_CHANNELS])
             for i, unit in enumerate(self._units)
         ]
-        _each(
-            lambda unit=unit, command=command: unit.send(command)  # type: ignore[misc]
-            for unit, command in zip(self._units, commands, strict=True)
-        )
+        _each([(u.send, command) for u, command in zip(self._units, commands, strict=True)])
 
     def hold(self) -> None:
         """Command every arm the pose that it had at the first call; works without ``enable``.
@@ -176,7 +174,7 @@ class PiperArm:
         Raises:
             DeviceError: an arm could not be held; the others were.
         """
-        _each(unit.hold for unit in self._units)
+        _each([(unit.hold,) for unit in self._units])
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -184,16 +182,19 @@ class PiperArm:
             unit.close()
 
 
-def _each(actions: Iterable[Callable[[], None]]) -> None:
-    """Run every action, so that one arm's failure does not cost the other; then raise the worst.
+def _each(calls: Iterable[tuple[Any, ...]]) -> None:
+    """Make every call, so that one arm's failure does not cost the other; then raise the worst.
+
+    Args:
+        calls: a function and its arguments each.
 
     Raises:
         DeviceError: from an action; one that ends the run before one that does not.
     """
     failure: DeviceError | None = None
-    for action in actions:
+    for action, *arguments in calls:
         try:
-            action()
+            action(*arguments)
         except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
             if failure is None or isinstance(failure, DeviceTimeoutError):
                 failure = e

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from struct import Struct
 
 from gwp_edge.drivers import piper_codec as codec
 
@@ -89,7 +90,8 @@ _GRIPPER_WORDS = {
 _GRIPPER_FAULT = 0b0011_1111
 _ENABLED = 0b0100_0000
 _FAST_JOINT = {can_id: j for j, can_id in enumerate(codec.ID_MOTOR_FAST)}
-_UNPACK_FAST = codec.DECODERS[codec.ID_MOTOR_FAST[0]]
+_FAST = Struct(">hhi")
+_FAST_SPEEDS = Struct(">" + "h6x" * N)
 ALL_ENABLED = (1 << N) - 1
 
 
@@ -110,9 +112,6 @@ class PiperFeedback:
         joint_mdeg: the same as the arm sent them, 0.001 degree.
         t_pose_ns: stamp of the oldest of the three frames of ``joint_rad``.
         gripper_um: total opening, 0.001 mm; None before the first frame.
-        velocity_rad_s: six joint speeds, rad/s; NaN before the first frame.
-        motor_rad: six motor positions, rad; NaN before the first frame.
-        current_a: six motor currents, A; NaN before the first frame.
         enabled_mask: bit j is set while joint j + 1 reports its motor enabled.
         mode, arm_status, move_mode: bytes 0 to 2 of the status frame; -1 before the first.
         limits: what 0x473 answered per joint: (max, min) in 0.1 degree and the raw speed.
@@ -126,7 +125,6 @@ class PiperFeedback:
 
     def reset(self) -> None:
         """Forget everything, as after a new connection."""
-        nan = math.nan
         self.joint_rad: list[float] | None = None
         self.joint_mdeg: list[int] = [0] * N
         self.t_pose_ns = 0
@@ -137,9 +135,7 @@ class PiperFeedback:
         self.gripper_um: int | None = None
         self.gripper_enabled = False
         self.t_gripper_ns = 0
-        self.velocity_rad_s = [nan] * N
-        self.motor_rad = [nan] * N
-        self.current_a = [nan] * N
+        self._fast: list[bytes | None] = [None] * N
         self.enabled_mask = 0
         self.t_slow_ns = [0] * N
         self.mode = self.arm_status = self.move_mode = -1
@@ -184,10 +180,7 @@ class PiperFeedback:
                 continue
             j = joint_of.get(can_id)
             if j is not None:
-                speed, current, motor = _UNPACK_FAST(data)
-                self.velocity_rad_s[j] = speed * 1e-3
-                self.current_a[j] = current * 1e-3
-                self.motor_rad[j] = motor * 1e-3
+                self._fast[j] = data  # decoded when somebody asks
                 continue
             unpack = unpack_of.get(can_id)
             if unpack is None:
@@ -200,10 +193,7 @@ class PiperFeedback:
         if 0x2A5 <= can_id <= 0x2A7:
             self._take_joints(can_id - 0x2A5, fields, t_ns)
         elif can_id in _FAST_JOINT:
-            j = _FAST_JOINT[can_id]
-            self.velocity_rad_s[j] = fields[0] * 1e-3
-            self.current_a[j] = fields[1] * 1e-3
-            self.motor_rad[j] = fields[2] * 1e-3
+            self._fast[_FAST_JOINT[can_id]] = _FAST.pack(*fields)
         elif can_id == codec.ID_STATUS:
             self._take_status(fields, t_ns)
         elif can_id == codec.ID_GRIPPER_FEEDBACK:
@@ -307,6 +297,23 @@ class PiperFeedback:
                 )
         elif can_id in (0x2B1, 0x2C1):
             self.leader_seen = True
+
+    @property
+    def velocity_rad_s(self) -> list[float]:
+        """Six joint speeds, rad/s; NaN before the first frame of a joint."""
+        if None in self._fast:
+            return [math.nan if d is None else _FAST.unpack(d)[0] * 1e-3 for d in self._fast]
+        return [v * 1e-3 for v in _FAST_SPEEDS.unpack(b"".join(self._fast))]  # type: ignore[arg-type]  # none is None
+
+    @property
+    def current_a(self) -> list[float]:
+        """Six motor currents, A; NaN before the first frame of a joint."""
+        return [math.nan if d is None else _FAST.unpack(d)[1] * 1e-3 for d in self._fast]
+
+    @property
+    def motor_rad(self) -> list[float]:
+        """Six motor positions, rad; NaN before the first frame of a joint."""
+        return [math.nan if d is None else _FAST.unpack(d)[2] * 1e-3 for d in self._fast]
 
     @property
     def t_received_ns(self) -> int:

@@ -71,6 +71,7 @@ class PiperUnit:
         self._t_drift_ns = self._t_compare_ns = 0
         self._failed: str | None = None
         self._held: Command | None = None
+        self._accepted: list[tuple[float, float]] = []
 
     def connect(self) -> None:
         """Open the bus and check the arm, sending questions only.
@@ -87,6 +88,14 @@ class PiperUnit:
         connect(self._port())
         self.firmware, drifts = check_firmware(self.feedback)
         self.limits = limits_from(self.feedback, gripper_max_m=self._options.gripper_max_m)
+        beyond = [_BEYOND_RAD] * codec.N_JOINTS + [_BEYOND_M]
+        # Plain floats: the check is made at every tick.
+        self._accepted = [
+            (float(low) - more, float(high) + more)
+            for low, high, more in zip(
+                self.limits.position_min, self.limits.position_max, beyond, strict=True
+            )
+        ]
         policy = self._options.drift
         self._drift_faults = policy == "fault" or (policy == "auto" and drifts)
         self._compares_motors = policy != "off" and self._motors_agree()
@@ -214,9 +223,8 @@ class PiperUnit:
             raise DeviceError(f"{self.name} is not open: call open first")
         joint_mdeg = [codec.rad_to_mdeg(q) for q in position[: codec.N_JOINTS]]
         gripper_um = codec.m_to_um(position[codec.N_JOINTS])
-        for i, value in enumerate(position):
-            beyond = _BEYOND_RAD if i < codec.N_JOINTS else _BEYOND_M
-            if not limits.position_min[i] - beyond <= value <= limits.position_max[i] + beyond:
+        for i, (value, (low, high)) in enumerate(zip(position, self._accepted, strict=True)):
+            if not low <= value <= high:
                 what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
                 raise SafetyFault(
                     f"{self.name}: {what} target {value:.4f} is far outside its range "

@@ -54,7 +54,7 @@ def grow(watch, role, life, *, begin_s, n, kb_per_s, level_kb=1000.0):
 
 
 def test_memory_slope_is_common_to_lives_of_different_levels():
-    watch = MemoryWatch()
+    watch = MemoryWatch(warm_up_s=20.0)
     for life in range(3):
         level_kb = 1e4 * (life + 1)
         grow(watch, "motor", life, begin_s=500.0 * life, n=60, kb_per_s=2.0, level_kb=level_kb)
