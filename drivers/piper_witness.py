@@ -98,6 +98,7 @@ class WitnessPiper(FakePiper):
         self._worst_speed = self._worst_acceleration = 0.0
         self._t_moved_ns = self._t_command_ns = 0
         self._t_step_ns = self._t_late_ns = 0
+        self._command_times: deque[int] = deque(maxlen=600)
 
     def hear(self, can_id: int, data: bytes, t_sent_ns: int = 0) -> None:
         """Judge one frame, then take it."""
@@ -109,6 +110,7 @@ class WitnessPiper(FakePiper):
         if codec.ID_JOINTS_12 <= can_id <= codec.ID_JOINTS_56:
             self._n_commands += 1
             self._t_command_ns = t_ns
+            self._command_times.append(t_ns)
             if self._t_teach_ns is not None and t_ns - self._t_teach_ns > _TEACH_GRACE_NS:
                 self._accuse("joint targets go on in teach mode")
             first = 2 * (can_id - codec.ID_JOINTS_12)
@@ -200,6 +202,10 @@ class WitnessPiper(FakePiper):
         elif self._t_teach_ns is None:
             self._t_teach_ns = now_ns
         return frames
+
+    def first_command_since(self, t_ns: int) -> int:
+        """Return when the first joint frame after ``t_ns`` was sent, of the last 600; 0 if none."""
+        return next((t for t in self._command_times if t > t_ns), 0)
 
     def testify(self) -> Testimony:
         """Return what was seen up to now."""

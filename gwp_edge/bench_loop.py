@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -30,13 +30,16 @@ from gwp_edge.motor_options import MotorOptions
 from gwp_edge.motor_process import ArmSetup
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_process import PolicyOptions
-from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig, create_world
+from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig, create_arm
 from gwp_edge.run_options import RunOptions, RunStatus
 from gwp_edge.runtime import run
 from gwp_edge.status import Mode, Word
 from gwp_edge.telemetry import Distribution, StageTimes
 from gwp_edge.testing import ScriptedPolicy, make_spec
 from gwp_edge.types import Chunk, Observation
+
+if TYPE_CHECKING:
+    from gwp_edge.drivers.piper_fake_bus import FakeProcess
 
 RATE_HZ: Final = 200.0
 _PRIORITY: Final = 80
@@ -112,7 +115,7 @@ class LoopReport:
         n_missed: whole periods that the motor loop skipped.
         busy_us: wake-up to sent, two arms.
         n_chunks: by the busy policy.
-        kill_to_hold_ms: from SIGKILL to the guardian's hold.
+        kill_to_hold_ms: from SIGKILL to the guardian's hold frames on a fake PiPER's bus.
     """
 
     duration_s: float
@@ -199,16 +202,33 @@ def measure_loop(
 def kill_to_hold_ns(*, realtime: bool = True) -> int:
     """Kill a process that the guardian watches; return when its hold went out, ns after the kill.
 
+    Measured on a fake PiPER's bus: from the kill to the time at which the guardian handed its
+    hold frames to it.
+
     Raises:
         DeviceError: the guardian did not start or did not act.
     """
+    from gwp_edge.drivers.piper_fake_bus import FakeProcess
+    from gwp_edge.drivers.piper_witness import WitnessPiper
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        FakeProcess(str(Path(folder) / "arm"), WitnessPiper()) as fake,
+    ):
+        return _kill_beside(fake, realtime=realtime)
+
+
+def _kill_beside(fake: FakeProcess, *, realtime: bool) -> int:
     spec = make_spec(1)
     robot = RobotConfig(
-        name="kinematic", arm=ArmConfig(kind="kinematic"), world=DeviceConfig(kind="kinematic")
+        name="a fake PiPER", arm=ArmConfig(kind="piper", options={"can": fake.channel})
     )
-    world = create_world(robot, spec)
-    if world is None:
-        raise DeviceError("the kinematic robot has no world")
+    # The guardian holds what is powered and under CAN control, and nothing else.
+    arm = create_arm(robot, spec, {})
+    try:
+        arm.open(enable=True)
+    finally:
+        arm.close()
     board = Board.create(spec.n_channels, spec.n_rows)
     motor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     setup = ArmSetup(
@@ -216,7 +236,6 @@ def kill_to_hold_ns(*, realtime: bool = True) -> int:
         spec=spec,
         robot=robot,
         supervisor_pid=os.getpid(),
-        extra=dict(world.start()),
     )
     guardian = multiprocessing.get_context("spawn").Process(
         target=guardian_main,
@@ -234,7 +253,10 @@ def kill_to_hold_ns(*, realtime: bool = True) -> int:
         t_kill_ns = time.monotonic_ns()
         motor.kill()
         _await(lambda: words[Word.GUARDIAN_HOLD_SENT_NS] != 0, "the guardian did not act")
-        return int(words[Word.GUARDIAN_HOLD_SENT_NS]) - t_kill_ns
+        # The frames are sent before the word is written, and heard a moment later.
+        _await(lambda: fake.ask("testify").t_command_ns > t_kill_ns, "the arm heard no hold")
+        seen = fake.ask("first_command_since", t_kill_ns)
+        return int(seen) - t_kill_ns
     finally:
         motor.kill()
         motor.wait()
@@ -242,7 +264,6 @@ def kill_to_hold_ns(*, realtime: bool = True) -> int:
         guardian.join()
         board.close()
         board.unlink()
-        world.close()
 
 
 def bare_loop_in_python(n: int, period_ns: int, priority: int) -> None:

@@ -91,7 +91,7 @@ def loop(
                 ("motor loop late", "us", report.motor_late_us),
                 (bare, "us", report.bare_late_us),
                 ("motor tick, wake-up to sent", "us", report.busy_us),
-                ("kill to hold", "ms", report.kill_to_hold_ms),
+                ("kill to hold on the bus", "ms", report.kill_to_hold_ms),
             )
         ],
     )
