@@ -1,4 +1,26 @@
-"""Faults while a PiPER runs: each shows within its time, in words, and nothing is fought."""
+"""Faults while a PiPER runs: each shows within its time, in words, and nothing is fought.
+
+Every fault that a run must survive, and the tests that hold its reaction, deadline and words:
+
+| event | tests |
+|---|---|
+| NaN or infinity in a plan | test_motor: one_not_finite_chunk_keeps_the_plan_three_hold |
+| target out of limits | test_safety_property; test_motor: absurd_plans, a_little_outside |
+| plan used up | test_motor: used_up_plan_holds_and_a_fresh_one_resumes_by_approach |
+| cameras stall | test_run: camera_stall_ends_holding, short_camera_stall_resumes |
+| old joint feedback | test_motor: old_feedback_warns_then_holds_then_faults; here: silence_* |
+| arm does not follow | test_motor: arm_that_does_not_follow; here: stuck_joint |
+| transmit queue full | test_motor: dropped_commands; here: full_queue_* |
+| bus-off, interface down | here: bus_off_*, interface_that_goes_down |
+| arm status, driver bits | here: status_fault_*, driver_bit_*; test_motor: arm_fault_is_latched |
+| status 4 | here: passing_status_*; test_motor: caution_holds_once |
+| mode is not CAN | here: teach_button_*, mode_that_is_not_can_* |
+| Ctrl-C, SIGTERM | test_run: signal_ends_well |
+| motor process killed or hanging | test_run: killed_motor, hanging_motor; test_bench_loop |
+| operator, external e-stop | test_run: estop_signal, keys_hold_resume_and_park |
+
+test_bench_soak injects most of them into whole runs and judges the commands at the arm.
+"""
 
 import logging
 
