@@ -1,4 +1,4 @@
-"""``gwp-edge replay``: a recorded run, off the robot."""
+"""``gwp-edge record`` and ``replay``: a run on record, and again off the robot."""
 
 from __future__ import annotations
 
@@ -14,6 +14,24 @@ from gwp_edge.errors import SpecError
 if TYPE_CHECKING:
     from gwp_edge.replay import ReplayReport
     from gwp_edge.session_format import Session
+
+
+def record(
+    ctx: typer.Context,
+    session: Annotated[Path, typer.Argument(help="New folder for the recording.")],
+) -> None:
+    """Run a policy and keep frames, states, plans, commands and stamps; takes run's options.
+
+    The same as gwp-edge run --record SESSION; see gwp-edge run --help.
+
+    Example: gwp-edge record session policy.gwp --robot sim --duration 10
+    """
+    from gwp_edge.commands.running import run
+
+    inner = typer.Typer(add_completion=False)
+    inner.command()(run)
+    arguments = [*ctx.args, "--record", str(session)]
+    typer.main.get_command(inner).main(arguments, "gwp-edge record SESSION", standalone_mode=False)
 
 
 def replay(
