@@ -48,6 +48,9 @@ for command in (
     lag.lag,
 ):
     app.command()(command)
+app.command("record", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    sessions.record
+)
 app.add_typer(profiling.app, name="profile")
 app.add_typer(benchmarks.app, name="bench")
 
