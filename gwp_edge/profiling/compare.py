@@ -193,6 +193,8 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
         SpecError: the reports do not hold what a gate asks for, so it would say nothing.
     """
     failed = []
+    if gates and not differences:
+        raise SpecError("--fail-on: one of the reports has no steady chunks; measure longer")
     for gate in gates:
         quantity = gate.quantity or main
         match = [d for d in differences if (d.quantity, d.statistic) == (quantity, gate.statistic)]

@@ -48,6 +48,8 @@ def test_compare_gate_without_enough_chunks_is_an_error_not_a_pass():
     found = compare(noisy(1, n=50), noisy(2, n=50))
     with pytest.raises(SpecError, match="100 chunks"):
         failed_gates([parse_gate("p99=5%")], found, "frame to command")
+    with pytest.raises(SpecError, match="no steady chunks"):
+        failed_gates([parse_gate("p99=5%")], [], "frame to command")
     with pytest.raises(SpecError, match="no p50 of"):
         failed_gates([parse_gate("nonsense:p50=5%")], found, "frame to command")
 
