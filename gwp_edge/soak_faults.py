@@ -86,8 +86,8 @@ class SoakPolicy(ScriptedPolicy):
             self._t_begin_ns = chunk.t_observed_ns
         elif away > _LOST_RAD:
             self._t_begin_ns = None
-        plan: FloatArray = np.broadcast_to(pose, chunk.actions.shape)
-        return plan.copy()
+        plan: FloatArray = np.array(np.broadcast_to(pose, chunk.actions.shape))
+        return plan
 
 
 def create_policy(*, switch: str) -> SoakPolicy:
