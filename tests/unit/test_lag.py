@@ -7,8 +7,12 @@ import pytest
 
 from gwp_edge.commands import lag as lag_command
 from gwp_edge.drivers import kinematic
+from gwp_edge.drivers.piper import PiperArm
+from gwp_edge.drivers.piper_fake_bus import FakeProcess
+from gwp_edge.drivers.piper_options import parse_options
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.lag import LagOptions, _evaluate, measure_lag
+from gwp_edge.robots import built_in_robot, create_arm, create_world
 from gwp_edge.testing import make_spec
 
 SPEC = make_spec(1)
@@ -84,3 +88,37 @@ def test_real_arm_is_not_moved_without_yes(monkeypatch, tmp_path):
 
 def _limits():
     return kinematic.channel_limits(SPEC)
+
+
+def test_lag_of_the_fake_piper_is_measured_over_its_bus(tmp_path):
+    """Its joints follow with a lag of 50 ms; without the vendor's SDK."""
+    with FakeProcess(str(tmp_path / "arm")) as fake:
+        arm = PiperArm(SPEC.channels, parse_options({"can": fake.channel}))
+        try:
+            arm.open(enable=True)
+            start = arm.state().position.copy()
+            result = measure_lag(arm, 0, arm.limits, LagOptions(frequency_hz=1.0, n_swings=2))
+            # The phase of a first-order lag of 50 ms at 1 Hz is 48 ms; feedback adds up to 5.
+            assert result.lag_ms == pytest.approx(50.0, abs=25.0)
+            assert 0.8 < result.gain < 1.1
+            np.testing.assert_allclose(arm.state().position[:6], start[:6], atol=0.02)
+        finally:
+            arm.close()
+
+
+@pytest.mark.sim
+def test_lag_of_the_simulated_arm_is_measured():
+    pytest.importorskip("mujoco")
+    robot = built_in_robot("sim", SPEC)
+    world = create_world(robot, SPEC)
+    try:
+        arm = create_arm(robot, SPEC, world.start())
+        try:
+            arm.open(enable=True)
+            result = measure_lag(arm, 0, arm.limits, LagOptions(frequency_hz=1.0, n_swings=2))
+            assert -10.0 < result.lag_ms < 300.0
+            assert result.fit > 0.9
+        finally:
+            arm.close()
+    finally:
+        world.close()
