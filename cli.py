@@ -11,6 +11,7 @@ from gwp_edge.commands import (
     benchmarks,
     building,
     cameras,
+    evaluating,
     exporting,
     inference,
     lag,
@@ -51,6 +52,7 @@ for command in (
 app.command("record", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     sessions.record
 )
+app.command("eval")(evaluating.evaluate)
 app.add_typer(profiling.app, name="profile")
 app.add_typer(benchmarks.app, name="bench")
 

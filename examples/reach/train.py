@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +111,13 @@ class Trainer:
 
     def _train_step(self) -> None:
         # At these sizes plain attention is faster on a CPU than the fused one, backward above all.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16):
+        with (
+            warnings.catch_warnings(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            # Norms keep float32 weights under autocast on purpose; their fused form is no loss.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             action, video = losses(
                 self.network, self._batch(), self._generator, n_copies=self._n_copies
             )
@@ -243,8 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path, help="folder for checkpoint, VAE, statistics, prompts")
     parser.add_argument("data", type=Path, nargs="+", help="LeRobot datasets from collect.py")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--vae-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--vae-steps", type=int, default=2000)
     parser.add_argument("--copies", type=int, default=2, help="noisy copies of each window")
     parser.add_argument("--no-video", action="store_true", help="train on the action loss alone")
     parser.add_argument("--vae-from", type=Path, help="take autoencoder and latents from there")
