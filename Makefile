@@ -17,7 +17,7 @@ VENV ?= .venv
 PYTHON ?= $(shell scripts/find-python.sh)
 TORCH_INDEX ?=
 SKIP_SYSTEM_PACKAGES ?=
-EXTRAS := export,sim,realsense,piper,dev
+EXTRAS := export,sim,realsense,piper,rerun,examples,dev
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -73,10 +73,13 @@ types: setup ## mypy --strict
 format: setup ## rewrite the sources in the project's format, fix what lint can fix
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-demo: setup ## export the reference checkpoint and run it on a simulated arm
-	@mkdir -p build
-	$(BIN)/gwp-edge export tests/data/reference/gwp05/checkpoint --out build/demo.gwp
-	$(BIN)/gwp-edge run build/demo.gwp --robot sim --duration 5
+demo: setup ## a small trained policy to INT8, and onto a simulated arm that touches the blue cube
+	@mkdir -p build/demo && rm -rf build/demo/session
+	$(BIN)/gwp-edge export examples/reach/policy/checkpoint --layout examples/reach/layout.json \
+		--precision int8 --calibration examples/reach/episodes --out build/demo/reach.gwp
+	$(BIN)/gwp-edge run build/demo/reach.gwp --robot examples/reach/robot.toml \
+		--task 'touch the blue cube' --duration 6 --record build/demo/session
+	@$(BIN)/python -W ignore examples/reach/show.py build/demo/session build/demo/reach.png
 
 hil: setup ## hardware tests that GWP_HIL names; results go to a dated JSON file
 	@$(BIN)/python scripts/hil.py

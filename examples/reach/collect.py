@@ -103,7 +103,7 @@ def demonstrations(
             yield result
 
 
-def collect(root: Path, n_episodes: int, first_seed: int = 0) -> int:
+def collect(root: Path, n_episodes: int, first_seed: int = 0, crf: int = 30) -> int:
     """Write a dataset of ``n_episodes`` into ``root``; return its number of frames.
 
     Raises:
@@ -113,7 +113,9 @@ def collect(root: Path, n_episodes: int, first_seed: int = 0) -> int:
         raise SpecError(f"{root}: already there and not empty; remove it or choose another name")
     task, options = TouchTask(), TouchTask().options()
     sizes = dict.fromkeys(task.mounts, (options.height_px, options.width_px))
-    writer = DatasetWriter(root, names=_NAMES, fps=FPS, robot_type="piper_sim", sizes=sizes)
+    writer = DatasetWriter(
+        root, names=_NAMES, fps=FPS, robot_type="piper_sim", sizes=sizes, crf=crf
+    )
     embeddings = root / "t5_embedding"
     embeddings.mkdir()
     n_frames = 0
@@ -133,9 +135,10 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="folder to write")
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--first-seed", type=int, default=0, help="two parts need two ranges")
+    parser.add_argument("--crf", type=int, default=30, help="higher is smaller and coarser")
     args = parser.parse_args()
     try:
-        n = collect(args.root, args.episodes, args.first_seed)
+        n = collect(args.root, args.episodes, args.first_seed, args.crf)
     except SpecError as e:
         sys.exit(f"error: {e}")
     print(f"{args.root}: {args.episodes} episodes, {n} frames")

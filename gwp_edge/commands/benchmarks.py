@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gwp_edge.commands.benching import bench
+from gwp_edge.commands.methods import methods
 from gwp_edge.commands.options import group_with_default
 from gwp_edge.console import remark, say, say_table, write_json
 
@@ -191,4 +192,5 @@ app = typer.Typer(
 app.command("engine")(bench)
 app.command("loop")(loop)
 app.command("execution")(execution)
+app.command("methods")(methods)
 app.command("soak")(soak)

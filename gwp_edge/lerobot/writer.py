@@ -26,7 +26,8 @@ _VIDEO_PATH: Final = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_inde
 _FIRST: Final = {"chunk_index": 0, "file_index": 0}
 # LeRobot's own settings: key frames every second frame make random access cheap.
 _CODEC: Final = "libsvtav1"
-_CODEC_OPTIONS: Final = {"g": "2", "crf": "30"}
+_KEY_FRAME_EVERY: Final = 2
+_CRF: Final = 30
 _N_IMAGE_SAMPLES: Final = 50
 _SAMPLE_STEP_PX: Final = 4
 
@@ -55,6 +56,7 @@ class DatasetWriter:
         fps: frames per second.
         robot_type: for meta/info.json.
         sizes: (h, w) of each camera by role.
+        crf: constant rate factor of the videos; higher is smaller and coarser.
 
     Raises:
         DeviceError: pyarrow or PyAV is missing.
@@ -69,6 +71,7 @@ class DatasetWriter:
         fps: int,
         robot_type: str,
         sizes: Mapping[str, tuple[int, int]],
+        crf: int = _CRF,
     ) -> None:
         odd = [f"{role} {w}x{h}" for role, (h, w) in sizes.items() if h % 2 or w % 2]
         if odd:
@@ -78,6 +81,7 @@ class DatasetWriter:
         self._fps = fps
         self._robot_type = robot_type
         self._sizes = dict(sizes)
+        self._codec_options = {"g": str(_KEY_FRAME_EVERY), "crf": str(crf)}
         self._av, self._pa, self._pq = _import_libraries()
         self._videos = {role: self._open_video(role) for role in sizes}
         self._rows: list[EpisodeRows] = []
@@ -130,7 +134,7 @@ class DatasetWriter:
         path = self._root / _VIDEO_PATH.format(video_key=f"observation.images.{role}", **_FIRST)
         path.parent.mkdir(parents=True, exist_ok=True)
         container = self._av.open(str(path), "w")
-        stream = container.add_stream(_CODEC, rate=self._fps, options=dict(_CODEC_OPTIONS))
+        stream = container.add_stream(_CODEC, rate=self._fps, options=dict(self._codec_options))
         stream.height, stream.width = self._sizes[role]
         stream.pix_fmt = "yuv420p"
         return container, stream

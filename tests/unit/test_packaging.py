@@ -82,7 +82,7 @@ def test_wheel_metadata_names_licence_command_and_extras(wheel):
     assert metadata["Name"] == "gwp-edge"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
-    extras = {"export", "sim", "realsense", "piper", "jetson", "dev"}
+    extras = {"export", "sim", "realsense", "piper", "jetson", "rerun", "examples", "dev"}
     assert extras <= set(metadata.get_all("Provides-Extra"))
     entry_points = configparser.ConfigParser()
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())

@@ -177,7 +177,9 @@ def test_demonstrations_touch_the_named_cube_and_read_back(dataset: Path) -> Non
         assert np.abs(episode.state[-1] - episode.action[-1])[:6].max() < 0.05  # and has arrived
 
 
-def test_windows_are_clamped_and_relative_to_their_first_state(dataset: Path, tmp_path: Path) -> None:
+def test_windows_are_clamped_and_relative_to_their_first_state(
+    dataset: Path, tmp_path: Path
+) -> None:
     import data
 
     from gwp_edge.calibration.statistics import compute_statistics, write_statistics
