@@ -84,3 +84,14 @@ def parse_options(options: Mapping[str, object]) -> PiperOptions:
     except msgspec.ValidationError as e:
         known = ", ".join(PiperOptions.__struct_fields__)
         raise SpecError(f"robot file, piper: {e} (fields: {known})") from e
+
+
+def with_driver(options: Mapping[str, object], driver: str | None) -> dict[str, object]:
+    """Return ``options`` with another ``driver`` unless that is None; all of them are checked.
+
+    Raises:
+        SpecError: as ``parse_options``.
+    """
+    chosen = dict(options) if driver is None else {**options, "driver": driver}
+    parse_options(chosen)
+    return chosen

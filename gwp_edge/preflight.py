@@ -22,6 +22,7 @@ from gwp_edge.types import ArmState, Chunk, FloatArray, Observation
 FIRST_ACTION_RAD: Final = 0.5
 FIRST_ACTION_M: Final = 0.1
 FREE_MEMORY_BYTES: Final = 256 * 1024 * 1024
+_SHOWN: Final = 4
 
 
 def note_bundle(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
@@ -95,7 +96,7 @@ def check_statistics(spec: PolicySpec, state: FloatArray) -> CheckResult:
         f"trained {low[i]:.3f} to {high[i]:.3f}"
         for i in outside
     ]
-    detail = "; ".join(parts) + ": move the arm there, or check units, zero and bundle"
+    detail = _joined(parts) + ": move the arm there, or check units, zero and bundle"
     return CheckResult(name="statistics", passed=False, detail=detail)
 
 
@@ -120,9 +121,15 @@ def check_first_action(
             f"(allowed {allowed[i]:g})"
             for i in far
         ]
-        detail = "; ".join(parts) + ": move the arm near to a start pose of the training"
+        detail = _joined(parts) + ": move the arm near to a start pose of the training"
         return CheckResult(name=name, passed=False, detail=detail)
     return CheckResult(name=name, passed=True, detail=f"at most {distance.max():.3f} away")
+
+
+def _joined(parts: list[str]) -> str:
+    """Return the first few; a line between processes has room for so many words."""
+    more = len(parts) - _SHOWN
+    return "; ".join(parts[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def check_latency(latency_ns: int, spec: PolicySpec, *, synchronous: bool) -> CheckResult:

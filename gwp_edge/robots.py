@@ -136,16 +136,33 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     @property
     def is_simulated(self) -> bool:
-        """Whether nothing real moves."""
-        return self.world is not None and self.world.kind in _SIMULATED_WORLDS
+        """Whether nothing real moves: the arm itself, not only a camera, lives in a simulation."""
+        arm_kind = self.arm.options.get("disturbed_kind", self.arm.kind)  # what a wrapper holds
+        return (
+            self.world is not None
+            and self.world.kind in _SIMULATED_WORLDS
+            and arm_kind == self.world.kind
+        )
 
 
-def load_robot(name: str, spec: PolicySpec) -> RobotConfig:
-    """Return the robot that ``--robot`` names: a built-in one or a robot file.
+def load_robot(name: str, spec: PolicySpec, *, driver: str | None = None) -> RobotConfig:
+    """Return the robot that ``--robot`` names, driven by what ``--driver`` names if it is a PiPER.
 
     Raises:
         SpecError: no such robot, or its file does not fit; names the field.
     """
+    robot = _find_robot(name, spec)
+    if robot.arm.kind == "piper":
+        from gwp_edge.drivers.piper_options import with_driver
+
+        arm = msgspec.structs.replace(robot.arm, options=with_driver(robot.arm.options, driver))
+        return msgspec.structs.replace(robot, arm=arm)
+    if driver is not None:
+        raise SpecError(f"--driver {driver}: only PiPER arms have a choice, {name} is none")
+    return robot
+
+
+def _find_robot(name: str, spec: PolicySpec) -> RobotConfig:
     if name in BUILT_IN:
         return built_in_robot(name, spec)
     if name.startswith("lerobot:"):

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gwp_edge.commands.options import DriverOption
 from gwp_edge.console import say, write_json
 from gwp_edge.errors import SpecError
 
@@ -16,6 +17,7 @@ def lag(
         "policy.gwp"
     ),
     robot: Annotated[str, typer.Option("--robot", help="As for run.")] = ...,  # type: ignore[assignment]  # typer's way to ask for a value
+    driver: DriverOption = None,
     channel: Annotated[
         str | None, typer.Option("--channel", help="Name; the first if none.")
     ] = None,
@@ -37,7 +39,7 @@ def lag(
     from gwp_edge.robots import create_arm, create_world, intersect_limits, load_robot
 
     spec = read_spec(bundle)
-    config = load_robot(robot, spec)
+    config = load_robot(robot, spec, driver=driver)
     names = [c.name for c in spec.channels]
     name = names[0] if channel is None else channel
     if name not in names:

@@ -18,6 +18,10 @@ ProviderOption = Annotated[str, typer.Option("--provider", help="For ort: cpu or
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="CPU threads of the engine.")
 ]
+DriverOption = Annotated[
+    str | None,
+    typer.Option("--driver", help="For PiPER arms: native, or piper-sdk for the vendor's library."),
+]
 
 
 def group_with_default(default: str) -> type[TyperGroup]:

@@ -14,7 +14,13 @@ from gwp_edge.commands.execution import (
     WarmStartOption,
     find_execution,
 )
-from gwp_edge.commands.options import EngineOption, ProviderOption, TaskOption, ThreadsOption
+from gwp_edge.commands.options import (
+    DriverOption,
+    EngineOption,
+    ProviderOption,
+    TaskOption,
+    ThreadsOption,
+)
 from gwp_edge.console import remark, say, say_table, write_json
 from gwp_edge.errors import SpecError
 
@@ -33,6 +39,7 @@ def run(
             "--robot", help="sim, piper, piper-dual, kinematic, lerobot:TYPE, or a robot file."
         ),
     ] = ...,  # type: ignore[assignment]  # typer's way to ask for a value
+    driver: DriverOption = None,
     task: TaskOption = None,
     duration: Annotated[
         float | None, typer.Option("--duration", help="Seconds of motion; until Ctrl-C otherwise.")
@@ -82,7 +89,7 @@ def run(
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
-    config = load_robot(robot, spec)
+    config = load_robot(robot, spec, driver=driver)
     skipped = frozenset(skip_check or ())
     simulated = config.is_simulated
     if simulated:

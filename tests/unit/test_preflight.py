@@ -55,6 +55,8 @@ def test_first_action():
     far = preflight.check_first_action(SPEC, chunk(0.7), MIDDLE)
     assert not far.passed
     assert "left_joint_1 0.700 rad away" in far.detail
+    # A line between processes has room for 480 bytes, and its end says what to do.
+    assert "and 3 more: move the arm" in far.detail
     assert not preflight.check_first_action(SPEC, chunk(np.nan), MIDDLE).passed
 
 

@@ -1,11 +1,12 @@
 """Robot files: what fits, what does not, and what the message says."""
 
+import msgspec
 import numpy as np
 import pytest
 
 from gwp_edge import robots
 from gwp_edge.errors import SpecError
-from gwp_edge.robots import ChannelLimits, create_arm, intersect_limits, load_robot
+from gwp_edge.robots import ArmConfig, ChannelLimits, create_arm, intersect_limits, load_robot
 from gwp_edge.testing import make_spec
 from gwp_edge.types import JointLimits
 
@@ -116,3 +117,44 @@ def test_limits_only_ever_tighten():
         intersect_limits(own, {"elbow": ChannelLimits()}, spec.channels)
     with pytest.raises(SpecError, match="below position_max"):
         intersect_limits(own, {"left_joint_1": ChannelLimits(position_min=3.0)}, spec.channels)
+
+
+PIPER_FILE = FILE.replace('kind = "kinematic"\nguardian = false', 'kind = "piper"').replace(
+    "lag_s = 0.1", 'can = "can_left"'
+)
+
+
+def test_real_arm_before_simulated_cameras_is_no_simulated_robot(tmp_path):
+    """Else nobody would compare the plan with the pose before a real arm moves."""
+    assert load_robot(_write(tmp_path, FILE), make_spec()).is_simulated
+    robot = load_robot(_write(tmp_path, PIPER_FILE), make_spec())
+    assert robot.world is not None
+    assert not robot.is_simulated
+    disturbed = msgspec.structs.replace(
+        robot, arm=ArmConfig(kind="disturbed", options={"disturbed_kind": "kinematic"})
+    )
+    assert disturbed.is_simulated
+
+
+def test_driver_is_chosen_for_piper_arms_only(tmp_path):
+    path = _write(tmp_path, PIPER_FILE)
+    assert load_robot(path, make_spec()).arm.options == {"can": "can_left"}
+    robot = load_robot(path, make_spec(), driver="piper-sdk")
+    assert robot.arm.options == {"can": "can_left", "driver": "piper-sdk"}
+    assert load_robot("piper", make_spec(), driver="native").arm.options["driver"] == "native"
+    with pytest.raises(SpecError, match="only PiPER arms"):
+        load_robot("kinematic", make_spec(), driver="piper-sdk")
+
+
+@pytest.mark.parametrize(
+    ("new", "driver", "words"),
+    [
+        ('can = "can_left"', "sdk", "driver"),
+        ('left = "can0"\nright = "can0"', None, "one CAN bus cannot carry two arms"),
+        ("speed = 3", None, "speed"),
+    ],
+)
+def test_piper_options_are_refused_before_anything_starts(tmp_path, new, driver, words):
+    path = _write(tmp_path, PIPER_FILE.replace('can = "can_left"', new))
+    with pytest.raises(SpecError, match=words):
+        load_robot(path, make_spec(), driver=driver)
