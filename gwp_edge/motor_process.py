@@ -106,14 +106,14 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
         _check_workspace(Workspace(workspace, ()), arm.state().position, park, board)
     if not _await_enable(arm, board, clock, options, life):
         return
-    if not options.dry_run:
-        arm.close()
-        arm.open(enable=True)
-    loop = MotorLoop(arm, board, clock, options, limits=limits, park=park, workspace=workspace)
-    loop.begin(arm.state())
+    # Locking memory takes a tenth of a second, in which an open bus would fill up unread.
+    arm.close()
     warnings = make_realtime(priority=options.priority, cpu=options.cpu, scheduler=options.realtime)
     for warning in warnings:
         board.events["motor"].say(EventKind.WARNING, warning)
+    arm.open(enable=not options.dry_run)
+    loop = MotorLoop(arm, board, clock, options, limits=limits, park=park, workspace=workspace)
+    loop.begin(arm.state())
     words[Word.MOTOR_HEARTBEAT_NS] = clock.now_ns()
     words[Word.MOTOR_ARMED] = int(not options.dry_run)
     try:

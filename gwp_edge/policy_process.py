@@ -219,6 +219,8 @@ class _Runner:
         try:
             observation = self._observer.observe(now_ns)
         except StaleError as e:
+            if self._words[Word.MOTOR_MODE] == Mode.CONNECTED:
+                return None  # the arm is being enabled, which takes its state away for a moment
             if self._t_stale_since_ns is None:
                 self._t_stale_since_ns = now_ns
                 self._words[Word.POLICY_N_STALE] += 1

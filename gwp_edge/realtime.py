@@ -36,7 +36,9 @@ def make_realtime(*, priority: int, cpu: int | None, scheduler: bool = True) -> 
     if not scheduler:
         return warnings
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        # Threads that a vendor's library starts later are none of the loop.
+        policy = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+        os.sched_setscheduler(0, policy, os.sched_param(priority))
     except OSError as e:
         warnings.append(
             f"no real-time scheduling ({e.strerror}); fix: add '@robot - rtprio 99' to "

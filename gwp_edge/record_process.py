@@ -41,12 +41,13 @@ def record_main(setup: RecordSetup, pipe: Connection) -> None:
     # Ctrl-C ends the run; the recorder has the last moments to write.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-    os.nice(_NICE)
     spec = setup.header.spec
     try:
         board = Board.attach(setup.board, spec.n_channels, spec.n_rows)
         listener = Listener(board, setup, SessionWriter(setup.folder, setup.header))
         pipe.send("ready")
+        # The run waits for the recorder until here, and never after.
+        os.nice(_NICE)
         while not pipe.poll():
             listener.step()
             time.sleep(_POLL_S)
