@@ -100,6 +100,8 @@ class MotorLoop:
         self._limiter.seed(state.position)
         self._schedule.hold(self._limiter.position)
         self._measured, self._t_feedback_ns = state.position, state.t_received_ns
+        # Before the mode: whoever sees that the arm is enabled finds a state of it.
+        self._board.publish_state(state)
         self._set_mode(Mode.ENABLED)
 
     def stop(self) -> None:

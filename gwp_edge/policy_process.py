@@ -216,11 +216,12 @@ class _Runner:
     def _observe(self, now_ns: int) -> Observation | None:
         """Return an observation, or None after noting why there is none."""
         limits = self._limits
+        is_being_enabled = self._words[Word.MOTOR_MODE] == Mode.CONNECTED
         try:
             observation = self._observer.observe(now_ns)
         except StaleError as e:
-            if self._words[Word.MOTOR_MODE] == Mode.CONNECTED:
-                return None  # the arm is being enabled, which takes its state away for a moment
+            if is_being_enabled:
+                return None  # nothing moves, and the arm has no state for a moment
             if self._t_stale_since_ns is None:
                 self._t_stale_since_ns = now_ns
                 self._words[Word.POLICY_N_STALE] += 1

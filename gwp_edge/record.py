@@ -98,14 +98,22 @@ class Recorder:
         if answer != "ready":
             raise DeviceError(f"recording to {self.folder} did not start: {answer}")
 
+    def failure(self) -> str | None:
+        """Return one line, once, when the recording has ended before the run."""
+        if self._pipe is None or not self._pipe.poll():
+            return None
+        return "; ".join(self.stop())
+
     def stop(self) -> list[str]:
         """Finish the session; return what went wrong, one line each. Safe to call twice."""
         pipe, self._pipe = self._pipe, None
         if pipe is None:
             return []
         problems = []
-        try:
+        # Where the process has ended, its last words still wait in the pipe.
+        with contextlib.suppress(OSError):
             pipe.send("stop")
+        try:
             answer = pipe.recv() if pipe.poll(_STOP_TIMEOUT_S) else "it did not finish in time"
         except (EOFError, OSError):
             answer = "its process ended"

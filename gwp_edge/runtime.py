@@ -68,6 +68,7 @@ def run(
             recorder = _start_recorder(options, options.record, board)
             policy = dataclasses.replace(options.policy, tap=recorder.tap_name)
             options = dataclasses.replace(options, policy=policy)
+            on_status = _watch_recorder(recorder, findings, on_status)
         if watcher is not None:
             watcher.begin(board.name)
         supervisor = Supervisor(options, board, world, findings, on_status, keys)
@@ -102,3 +103,19 @@ def _start_recorder(options: RunOptions, folder: Path, board: Board) -> Recorder
         recorder.stop()
         raise
     return recorder
+
+
+def _watch_recorder(
+    recorder: Recorder, findings: Findings, on_status: StatusCallback | None
+) -> StatusCallback:
+    """Return ``on_status``, which also says at once when the recording ends before the run."""
+
+    def watch(status: RunStatus) -> None:
+        failure = recorder.failure()
+        if failure is not None:
+            logger.warning("%s; the run goes on", failure)
+            findings.note_fault(failure)
+        if on_status is not None:
+            on_status(status)
+
+    return watch

@@ -1,7 +1,9 @@
 """Recording a run: what is kept, that nothing waits for it, and what a kill leaves."""
 
 import dataclasses
+import multiprocessing
 import os
+import resource
 import signal
 
 import numpy as np
@@ -31,7 +33,7 @@ MOTOR = MotorOptions(
 )
 
 
-def recorded_run(folder, **changes):
+def recorded_run(folder, *, on_status=None, **changes):
     options = RunOptions(
         spec=SPEC,
         robot=load_robot("kinematic", SPEC),
@@ -45,7 +47,7 @@ def recorded_run(folder, **changes):
         guardian_timeout_s=2.0,
         record=folder,
     )
-    return run(dataclasses.replace(options, **changes))
+    return run(dataclasses.replace(options, **changes), on_status=on_status)
 
 
 def memory_files():
@@ -166,6 +168,24 @@ def test_recorder_that_dies_does_not_stop_the_run(tmp_path):
         board.close()
         board.unlink()
     assert Session.open(tmp_path / "s").end is None
+
+
+def test_recording_on_a_full_disk_ends_and_says_why_during_the_run(tmp_path):
+    """Said at the end only, and without its reason, an hour of demonstrations would be lost."""
+    folder = tmp_path / "s"
+    seen = []
+
+    def fill_the_disk(status):
+        if status.mode is Mode.RUN and not seen:
+            seen.append(status.run_s)
+            (recorder,) = [c for c in multiprocessing.active_children() if c.name == "gwp-record"]
+            resource.prlimit(recorder.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    summary = recorded_run(folder, on_status=fill_the_disk)
+    assert summary.exit_code == 0, summary.message
+    (fault,) = [f for f in summary.faults if "recording" in f]
+    assert fault == f"recording to {folder} is incomplete: {folder}: File too large"
+    assert len(Session.open(folder).states) > 0
 
 
 def test_recorder_that_cannot_start_says_why(tmp_path):
