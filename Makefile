@@ -75,7 +75,7 @@ format: setup ## rewrite the sources in the project's format, fix what lint can 
 
 demo: setup ## a small trained policy to INT8, and onto a simulated arm that touches the blue cube
 	@mkdir -p build/demo && rm -rf build/demo/session
-	$(BIN)/gwp-edge export examples/reach/policy/checkpoint --layout examples/reach/layout.json \
+	OMP_NUM_THREADS=1 $(BIN)/gwp-edge export examples/reach/policy/checkpoint --layout examples/reach/layout.json \
 		--precision int8 --calibration examples/reach/episodes --out build/demo/reach.gwp
 	$(BIN)/gwp-edge run build/demo/reach.gwp --robot examples/reach/robot.toml \
 		--task 'touch the blue cube' --duration 6 --record build/demo/session

@@ -245,3 +245,31 @@ def test_training_resumes_and_its_checkpoint_exports(dataset: Path, tmp_path: Pa
     loaded = load_network(tmp_path / "checkpoint")
     for name, value in average.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value.bfloat16().float())
+
+
+def test_plots_show_losses_and_methods_and_name_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import json
+
+    import plots
+
+    from gwp_edge.errors import SpecError
+
+    rows = "".join(f"{i},{1 / (i + 1)},{0 if i % 2 else 2.0}\n" for i in range(120))
+    (tmp_path / "losses.csv").write_text("step,action,video\n" + rows)
+    (axes,) = plots.losses([tmp_path]).axes
+    action, video = axes.lines
+    assert len(action.get_xdata()) == 120 - 49
+    assert video.get_ydata()[-1] == pytest.approx(1.0)
+    with pytest.raises(SpecError, match="not there"):
+        plots.losses([tmp_path / "nowhere"])
+
+    report = tmp_path / "methods.json"
+    row = {"method": "soft", "n": 100, "success_low": 0.8, "success_high": 0.96}
+    cells = [{**row, "latency_ms": ms, "success_rate": 0.9} for ms in (0.0, 200.0)]
+    report.write_text(json.dumps({"rows": cells}))
+    (axes,) = plots.methods(report).axes
+    assert list(axes.get_xticks()) == [0.0, 200.0]
+    report.write_text("{}")
+    with pytest.raises(SpecError, match="not a report"):
+        plots.methods(report)
