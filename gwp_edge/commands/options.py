@@ -23,6 +23,15 @@ DriverOption = Annotated[
     typer.Option("--driver", help="For PiPER arms: native, or piper-sdk for the vendor's library."),
 ]
 
+RerunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rerun",
+        help="Log frames, joints, chunks and limits live: viewer (the Rerun viewer of this "
+        "machine), its URL, or a new file ending in .rrd. Needs the rerun extra.",
+    ),
+]
+
 
 def group_with_default(default: str) -> type[TyperGroup]:
     """Return a command group in which ``default`` is meant where no command is named.

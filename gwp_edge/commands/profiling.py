@@ -13,6 +13,7 @@ from gwp_edge.commands.live_view import LiveView
 from gwp_edge.commands.options import (
     EngineOption,
     ProviderOption,
+    RerunOption,
     TaskOption,
     ThreadsOption,
     group_with_default,
@@ -73,14 +74,7 @@ def profile(
     execution: ExecutionOption = "soft",
     lead_ms: LeadOption = 0.0,
     warm_start: WarmStartOption = 1.0,
-    rerun: Annotated[
-        str | None,
-        typer.Option(
-            "--rerun",
-            help="Log frames, joints, chunks and limits live: viewer (the Rerun viewer of this "
-            "machine), its URL, or a new file ending in .rrd. Needs the rerun extra.",
-        ),
-    ] = None,
+    rerun: RerunOption = None,
     roofline: Annotated[
         bool,
         typer.Option(

@@ -18,6 +18,7 @@ from gwp_edge.commands.options import (
     DriverOption,
     EngineOption,
     ProviderOption,
+    RerunOption,
     TaskOption,
     ThreadsOption,
 )
@@ -66,6 +67,7 @@ def run(
         Path | None,
         typer.Option("--record", help="Record everything to this new folder; see replay."),
     ] = None,
+    rerun: RerunOption = None,
     skip_check: Annotated[
         list[str] | None,
         typer.Option("--skip-check", help="Go on although this preflight check fails."),
@@ -127,19 +129,28 @@ def run(
         duration_s=duration,
         skip_checks=skipped,
     )
-    _run(options, json_file)
+    _run(options, json_file, rerun)
 
 
-def _run(options: RunOptions, json_file: Path | None) -> None:
+def _run(options: RunOptions, json_file: Path | None, rerun: str | None) -> None:
     from gwp_edge.operator_input import TerminalKeys
     from gwp_edge.runtime import run as run_robot
 
+    viewer = None
+    if rerun is not None:
+        from gwp_edge.profiling.rerun_log import RerunLogger
+
+        viewer = RerunLogger(rerun, options.spec)
+        policy = dataclasses.replace(options.policy, tap=viewer.tap_name)
+        options = dataclasses.replace(options, policy=policy)
     with TerminalKeys() as keys:
         options = dataclasses.replace(options, interactive=keys.available)
-        summary = run_robot(options, on_status=_Display(), keys=keys)
+        summary = run_robot(options, on_status=_Display(), keys=keys, watcher=viewer)
     if json_file is not None:
         write_json(json_file, summary.to_dict())
     _say_summary(summary)
+    for problem in viewer.problems if viewer is not None else ():
+        remark(f"fault: {problem}")
     if summary.exit_code:
         remark(f"gwp-edge: {summary.message}")
         raise SystemExit(summary.exit_code)

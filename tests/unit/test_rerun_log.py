@@ -137,3 +137,22 @@ def test_logger_whose_file_cannot_be_written_does_not_start(tmp_path):
         logger.end()
         board.close()
         board.unlink()
+
+
+@needs_rerun
+@pytest.mark.export
+def test_run_with_rerun_writes_a_recording(exported, tmp_path):
+    pytest.importorskip("torch")
+    from typer.testing import CliRunner
+
+    from gwp_edge.cli import app
+
+    path = tmp_path / "run.rrd"
+    words = ["run", str(exported("gwp05")), "--robot", "kinematic", "--duration", "1"]
+    words += ["--threads", "1", "--no-realtime", "--rerun", str(path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes()[:4] == b"RRF2"
+    assert path.stat().st_size > 10_000
+    refused = CliRunner().invoke(app, [*words[:-1], "nowhere"])
+    assert refused.exit_code != 0
