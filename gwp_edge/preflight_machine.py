@@ -59,6 +59,9 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
         finding = found.get(f"can {name}")
         if finding is not None:
             lines.append(_line(finding))
+        elif general and _is_missing(name, system):
+            detail = f"there is no network interface {name}; {general[0].detail}"
+            lines.append(CheckResult(name=f"can {name}", passed=False, detail=detail))
         elif general:
             lines.append(_line(general[0], name=f"can {name}"))
         else:
@@ -66,6 +69,12 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
             detail = f"there is no such interface; there are {have}"
             lines.append(CheckResult(name=f"can {name}", passed=False, detail=detail))
     return tuple(lines)
+
+
+def _is_missing(interface: str, system: System) -> bool:
+    """Whether the kernel lists its interfaces, and this one is not among them."""
+    listed = system.glob("/sys/class/net/*")
+    return bool(listed) and f"/sys/class/net/{interface}" not in listed
 
 
 def check_pictures(robot: RobotConfig, now_s: float) -> tuple[CheckResult, ...]:

@@ -6,6 +6,7 @@ import os
 import pytest
 from test_doctor import CAN_COMMAND, Output, RecordedSystem, can_link
 
+from gwp_edge.doctor.system import LocalSystem
 from gwp_edge.preflight_machine import (
     PICTURE_AGE_MAX_S,
     can_interfaces,
@@ -77,6 +78,13 @@ def test_machine_without_the_tool_to_look_says_so(tmp_path):
     (line,) = check_buses(robot(tmp_path), system)
     assert line.passed
     assert "iproute2" in line.detail
+
+
+def test_bus_of_a_machine_without_any_can_fails(tmp_path):
+    """It passed as something that this machine does not tell, and the run failed later."""
+    (line,) = check_buses(robot(tmp_path, arm='can = "can_nowhere"'), LocalSystem())
+    assert not line.passed
+    assert "no network interface can_nowhere" in line.detail
 
 
 def test_pictures_are_told_by_age(tmp_path):
