@@ -67,11 +67,12 @@ def loop(
     realtime: Annotated[
         bool, typer.Option("--realtime/--no-realtime", help="Ask for SCHED_FIFO.")
     ] = True,
+    check: Annotated[bool, typer.Option("--check", help="Fail when a budget is not kept.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
 ) -> None:
-    """Measure the motor loop's deadlines beside a bare C loop, and the guardian's answer to a kill.
+    """Measure the motor loop beside a bare C loop, the guardian's answer to a kill, the driver.
 
     Two fake PiPER arms at 200 Hz while a policy process computes without a pause; no robot needed.
 
@@ -94,6 +95,14 @@ def loop(
                 ("motor tick, wake-up to sent", "us", report.busy_us),
                 ("kill to hold on the bus", "ms", report.kill_to_hold_ms),
             )
+        ]
+        + [
+            (name, "us", report.driver.n_ticks, *(round(v, 2) for v in values))
+            for name, values in (
+                ("driver tick: receive to send", report.driver.tick_us),
+                ("its processor time", report.driver.cpu_us),
+                ("its bare system calls", report.driver.bare_us),
+            )
         ],
     )
     scheduling = "SCHED_FIFO" if report.realtime else "no real-time scheduling"
@@ -101,6 +110,10 @@ def loop(
         f"p99 of the motor loop is {report.p99_ratio:.2f} times the bare loop's, {scheduling}; "
         f"{report.n_ticks} ticks, {report.n_missed} missed, {report.n_chunks} chunks"
     )
+    for line in report.misses:
+        remark(f"over budget: {line}")
+    if check and report.misses:
+        raise SystemExit(1)
 
 
 def soak(

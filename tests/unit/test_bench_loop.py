@@ -1,5 +1,6 @@
 """The loop benchmark measures what it says; how fast this machine is, is not tested."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,8 +8,10 @@ import sys
 
 import pytest
 
-from gwp_edge.bench_loop import _bare_loop, kill_to_hold_ns, measure_loop
+from gwp_edge.bench_loop import LoopReport, _bare_loop, kill_to_hold_ns, measure_loop
+from gwp_edge.drivers.piper_bench import DriverCost
 from gwp_edge.errors import SpecError
+from gwp_edge.telemetry import Distribution
 
 
 def late_of(command, *, n, period_ns):
@@ -41,3 +44,42 @@ def test_guardian_answers_a_kill():
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(SpecError, match="expected 1 to 3600 s"):
         measure_loop(duration_s=0.1)
+
+
+def report(**changes):
+    cost = DriverCost(
+        n_ticks=1, n_warm_up=1, n_frames=1, tick_us=(150.0,) * 4, cpu_us=(1.0,) * 4,
+        state_us=(1.0,) * 4, bare_us=(1.0,) * 4, hold_us=(1.0,) * 4,
+    )  # fmt: skip
+    none = Distribution.of([])
+    values = {
+        "duration_s": 1.0, "motor_late_us": none, "bare_late_us": none, "p99_ratio": 1.5,
+        "bare_is_c": True, "realtime": True, "n_ticks": 1, "n_missed": 0, "busy_us": none,
+        "n_chunks": 1, "kill_to_hold_ms": none, "driver": cost,
+    }  # fmt: skip
+    return LoopReport(**{**values, **changes})
+
+
+def test_budgets_are_judged_at_their_borders():
+    assert report().misses == ()
+    for ratio in (1.51, float("nan")):
+        (line,) = report(p99_ratio=ratio).misses
+        assert "times the bare loop's" in line
+    (line,) = report(n_missed=1).misses
+    assert "periods missed: 1" in line
+    # Without SCHED_FIFO a busy machine may run others first.
+    assert report(n_missed=1, realtime=False).misses == ()
+    slow = dataclasses.replace(report().driver, tick_us=(150.1, 151.0, 152.0, 153.0))
+    (line,) = report(driver=slow).misses
+    assert line.startswith("driver: p50 is 150 us")
+    assert report(driver=slow).to_dict()["misses"] == (line,)
+
+
+def test_whole_benchmark_measures_loop_guardian_and_driver():
+    whole = measure_loop(duration_s=1.0, n_kills=1, realtime=False, patience_s=3.0)
+    assert not whole.realtime
+    assert whole.n_ticks > 0
+    assert whole.bare_late_us.n == 200
+    assert whole.kill_to_hold_ms.n == 1
+    assert whole.driver.n_ticks == 200
+    assert whole.driver.tick_us[0] > 0.0
