@@ -124,6 +124,56 @@ def test_exposure_without_such_an_option_is_refused(software_camera):
         camera.open()
 
 
+@pytest.fixture
+def source_with_exposure(monkeypatch):
+    """Return a function that opens a source whose sensor has the options of an RGB module."""
+    import pyrealsense2 as rs
+
+    from gwp_edge.drivers import realsense_software as software
+
+    sensors, sources = [], []
+    make_device = software.make_device
+
+    def make_with_options(*given):
+        device, sensor, profile = make_device(*given)
+        for option, low, high, now in (
+            (rs.option.enable_auto_exposure, 0, 1, 1),
+            (rs.option.exposure, 1, 10_000, 156),
+            (rs.option.gain, 0, 128, 64),
+        ):
+            allowed = rs.option_range()
+            allowed.min, allowed.max, allowed.default, allowed.step = low, high, now, 1
+            sensor.add_option(option, allowed, True)
+        sensors.append(sensor)
+        return device, sensor, profile
+
+    def open_source(**options):
+        has = realsense.RealSenseOptions(serial="A", width_px=64, height_px=48, **options)
+        lookup = software.SoftwareLookup("cam_high", has, software.SoftwareScript())
+        sources.append(realsense.RealSenseSource("cam_high", has, lookup))
+        sources[-1].open()
+        return {name: sensors[-1].get_option(getattr(rs.option, name)) for name in NAMES}
+
+    NAMES = ("enable_auto_exposure", "exposure", "gain")
+    monkeypatch.setattr(software, "make_device", make_with_options)
+    yield open_source
+    for source in sources:
+        source.close()
+
+
+def test_exposure_and_gain_are_set_and_switch_the_automatic_off(source_with_exposure):
+    """An RGB module counts exposure in steps of 100 us."""
+    left_alone = source_with_exposure()
+    assert left_alone["enable_auto_exposure"] == 1
+    chosen = source_with_exposure(exposure_us=8000, gain=32)
+    assert chosen == {"enable_auto_exposure": 0, "exposure": 80, "gain": 32}
+
+
+def test_exposure_outside_of_the_sensors_range_is_refused(source_with_exposure):
+    with pytest.raises(DeviceError, match="exposure 50000 is outside 1 to 10000"):
+        source_with_exposure(exposure_us=5_000_000)
+
+
 def test_unplug_and_replug_goes_on_with_frame_numbers(software_camera, tmp_path):
     plug = tmp_path / "plug"
     plug.touch()

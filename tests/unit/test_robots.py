@@ -1,12 +1,22 @@
 """Robot files: what fits, what does not, and what the message says."""
 
+import importlib.metadata
+
 import msgspec
 import numpy as np
 import pytest
 
 from gwp_edge import robots
 from gwp_edge.errors import SpecError
-from gwp_edge.robots import ArmConfig, ChannelLimits, create_arm, intersect_limits, load_robot
+from gwp_edge.robots import (
+    ArmConfig,
+    CameraConfig,
+    ChannelLimits,
+    create_arm,
+    create_camera,
+    intersect_limits,
+    load_robot,
+)
 from gwp_edge.testing import make_spec
 from gwp_edge.types import JointLimits
 
@@ -158,3 +168,29 @@ def test_piper_options_are_refused_before_anything_starts(tmp_path, new, driver,
     path = _write(tmp_path, PIPER_FILE.replace('can = "can_left"', new))
     with pytest.raises(SpecError, match=words):
         load_robot(path, make_spec(), driver=driver)
+
+
+class FixedCamera:
+    """A third party's camera."""
+
+    def __init__(self, role, port):
+        self.name, self.port = role, port
+
+
+def create_fixed_camera(role, options, spec):
+    return FixedCamera(role, **options)
+
+
+def test_camera_of_a_third_party_is_found_by_its_entry_point(monkeypatch):
+    entry = importlib.metadata.EntryPoint(
+        "fixed", f"{__name__}:create_fixed_camera", "gwp_edge.cameras"
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [entry] if group == entry.group else []
+    )
+    config = CameraConfig(role="cam_high", kind="fixed", options={"port": 3})
+    camera = create_camera(config, make_spec(), {})
+    assert (camera.name, camera.port) == ("cam_high", 3)
+    other = msgspec.structs.replace(config, kind="fixt")
+    with pytest.raises(SpecError, match="camera kind 'fixt' is not known; there are .*fixed"):
+        create_camera(other, make_spec(), {})
