@@ -192,5 +192,5 @@ def test_camera_of_a_third_party_is_found_by_its_entry_point(monkeypatch):
     camera = create_camera(config, make_spec(), {})
     assert (camera.name, camera.port) == ("cam_high", 3)
     other = msgspec.structs.replace(config, kind="fixt")
-    with pytest.raises(SpecError, match="camera kind 'fixt' is not known; there are .*fixed"):
+    with pytest.raises(SpecError, match=r"camera kind 'fixt' is not known; there are .*fixed"):
         create_camera(other, make_spec(), {})
