@@ -42,6 +42,19 @@ _QUANTIZABLE = re.compile(
     r"^blocks\.\d+\.(?:\w+_expert\.)?"
     r"(?:attn1\.to_(?:q|k|v|out\.0)|attn2\.to_(?:q|out\.0)|ffn\.net\.(?:0\.proj|2))$"
 )
+# What stays high beside those where codes are coarse; docs/quantization.md has the measurements.
+# Only layers of the stream that carries the actions: an error of the pictures' tokens reaches the
+# actions through attention alone, and was lost in the noise wherever it was measured.
+_SENSITIVE: dict[str, tuple[re.Pattern[str], str]] = {
+    "fp8": (
+        re.compile(r"^blocks\.\d+\.(?:action_expert\.)?attn[12]\.to_out\.0$"),
+        "output of attention in the action stream: rows hardly vary, so rounding adds up",
+    ),
+    "w8": (
+        re.compile(r"^blocks\.\d+\.(?:action_expert\.)?attn2\.to_(?:q|out\.0)$"),
+        "text attention of the action stream: joins the residual without a gate",
+    ),
+}
 _QKV = re.compile(r"attn1\.to_[qkv]$")
 
 
@@ -98,6 +111,9 @@ class Recipe:
             if self.rest == "bf16" and _VISION.match(layer):
                 return "fp32", _NO_BF16_CONVOLUTION
             return self.rest, "outside the linear layers of the blocks: few weights, high precision"
+        sensitive = _SENSITIVE.get(self.default)
+        if sensitive is not None and sensitive[0].match(layer):
+            return self.rest, sensitive[1]
         if self.default == "bf16" and _VISION.match(layer):
             return "fp32", _NO_BF16_CONVOLUTION
         return self.default, f"{self.name} bundle"

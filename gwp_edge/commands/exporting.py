@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from gwp_edge.commands.calibration_tables import say_calibration
 from gwp_edge.commands.options import BundleArgument, JsonFlag
 from gwp_edge.commands.planning import say_modelled
 from gwp_edge.console import progress_bars, raise_on_signals, remark, say, say_json, say_table
@@ -240,6 +241,7 @@ def inspect(bundle: BundleArgument, as_json: JsonFlag = False) -> None:
     _say_spec(found)
     _say_stages(found)
     _say_formats(found)
+    say_calibration(found.manifest.calibration)
     say_modelled(found.manifest)
 
 
