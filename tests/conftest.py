@@ -19,6 +19,17 @@ settings.register_profile("gwp", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("gwp")
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_scheduling():
+    """No test makes the test process itself real-time: that would time all tests after it.
+
+    Compared, not fixed: whoever starts the tests may have a policy of their own.
+    """
+    before = os.sched_getscheduler(0), os.sched_getaffinity(0)
+    yield
+    assert (os.sched_getscheduler(0), os.sched_getaffinity(0)) == before
+
+
 @pytest.fixture(params=["gwp05", "gwp0"])
 def family(request) -> str:
     """Name of a folder under tests/data/reference."""

@@ -10,7 +10,7 @@ import pytest
 
 from gwp_edge.bench_loop import LoopReport, _bare_loop, kill_to_hold_ns, measure_loop
 from gwp_edge.drivers.piper_bench import DriverCost
-from gwp_edge.errors import SpecError
+from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.telemetry import Distribution
 
 
@@ -75,8 +75,22 @@ def test_budgets_are_judged_at_their_borders():
     assert report(driver=slow).to_dict()["misses"] == (line,)
 
 
+def tried_again(measure):
+    """Return what ``measure`` returns, twice if need be.
+
+    A driver that the machine did not run for 100 ms finds its arm silent and ends the run, as it
+    should; the patience of the other parts cannot change that.
+    """
+    try:
+        return measure()
+    except DeviceError:
+        return measure()
+
+
 def test_whole_benchmark_measures_loop_guardian_and_driver():
-    whole = measure_loop(duration_s=1.0, n_kills=1, realtime=False, patience_s=3.0)
+    whole = tried_again(
+        lambda: measure_loop(duration_s=1.0, n_kills=1, realtime=False, patience_s=3.0)
+    )
     assert not whole.realtime
     assert whole.n_ticks > 0
     assert whole.bare_late_us.n == 200

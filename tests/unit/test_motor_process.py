@@ -1,6 +1,5 @@
 """The motor process beyond its ticks: in which order it opens the arm and becomes real-time."""
 
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -95,4 +94,3 @@ def test_threads_that_a_library_starts_later_are_not_real_time():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert os.sched_getscheduler(0) == os.SCHED_OTHER
