@@ -107,6 +107,28 @@ class PiperUnit:
             DeviceError: a person must act first; says how.
         """
         check_alone(self._port())
+        self._check_pose()
+
+    def _check_pose(self) -> None:
+        """Check that the first command, the measured pose, will be one that may be sent.
+
+        Raises:
+            DeviceError: a joint or the gripper stands where none may be.
+        """
+        feedback = self.feedback
+        if feedback.joint_rad is None or feedback.gripper_um is None:
+            return  # connect has waited for both
+        measured = (*feedback.joint_rad, feedback.gripper_um * 1e-6)
+        for i, (value, (low, high)) in enumerate(zip(measured, self._accepted, strict=True)):
+            if low <= value <= high:
+                continue
+            if i == codec.N_JOINTS:
+                what = f"the gripper is open by {value * 1e3:.0f} mm"
+                advice = "close it, or set gripper_max_m to its stroke"
+            else:
+                what = f"joint {i + 1} is at {math.degrees(value):.0f} deg"
+                advice = "move it inside by hand"
+            raise DeviceError(f"{self.name}: {what}, far outside of its range: {advice}")
 
     def enable(self) -> None:
         """Power the motors; the arm holds its measured pose.
@@ -145,6 +167,13 @@ class PiperUnit:
         differences = self._differences()
         agreeing = sum(abs(d) < _AGREE_RAD for d in differences)
         if agreeing < codec.N_JOINTS // 2:
+            if self._drift_faults:
+                raise DeviceError(
+                    f"{self.name}: firmware {self.firmware} is known to report wrong joint angles "
+                    "after a hard push, and its motor positions (0x25x) have no zero in common "
+                    'with them to tell by: update the firmware, or set drift = "warn" in the '
+                    "robot file and watch the arm yourself"
+                )
             logger.warning(
                 "%s: motor positions (0x25x) and joint angles have no common zero; a drift of the "
                 "joint angles cannot be seen",

@@ -361,12 +361,42 @@ def test_open_drifted_feedback_on_other_firmware_warns(caplog):
     assert "joint 5: its angle and its motor differ" in caplog.text
 
 
-def test_open_motors_without_common_zero_are_not_compared(caplog):
-    rig = Rig(fakes=[FakePiper(firmware="S-V1.8-6")])
+def without_common_zero(**options):
+    rig = Rig(fakes=[FakePiper(firmware="S-V1.8-6")], **options)
     for joint in range(1, 7):
-        rig.fake.faults.drift_mdeg[joint] = 10_000 * joint
-    rig.arm.open(enable=True)
+        # Towards where each joint may be.
+        rig.fake.faults.drift_mdeg[joint] = (-10_000 if joint == 3 else 10_000) * joint
+    return rig
+
+
+def test_open_firmware_that_drifts_unseen_is_refused():
+    with pytest.raises(
+        DeviceError, match=r"no zero in common .* update the firmware, or set drift"
+    ):
+        without_common_zero().arm.open(enable=False)
+
+
+def test_open_motors_without_common_zero_are_not_compared_where_that_is_accepted(caplog):
+    without_common_zero(drift="warn").arm.open(enable=True)
     assert "no common zero" in caplog.text
+
+
+def test_gripper_open_wider_than_it_may_is_refused_before_power():
+    """Its first command would be its own pose, and be refused with the motors on."""
+    rig = Rig(gripper_max_m=0.05)
+    rig.fake.gripper_um = 66_000
+    with pytest.raises(DeviceError, match=r"gripper is open by 66 mm.*gripper_max_m"):
+        rig.arm.open(enable=True)
+    assert not any(rig.fake.enabled)
+    rig.arm.open(enable=False)
+
+
+def test_joint_far_outside_of_its_range_is_refused_before_power():
+    rig = Rig()
+    rig.fake.joint_mdeg[1] = -15_000
+    with pytest.raises(DeviceError, match=r"joint 2 is at -15 deg.*by hand"):
+        rig.arm.open(enable=True)
+    assert not any(rig.fake.enabled)
 
 
 def test_open_firmware_without_version_warns_and_goes_on(caplog):
