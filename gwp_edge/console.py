@@ -48,14 +48,14 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """Let SIGINT and SIGTERM alike raise ``Interrupted``, so that a kill cleans up too."""
+    """Let what asks for an end raise ``Interrupted``, so that a kill cleans up like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame
         raise Interrupted
 
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    for asks in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(asks, interrupt)
 
 
 @contextmanager

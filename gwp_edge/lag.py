@@ -6,6 +6,7 @@ at rest, and whatever goes wrong ends with the arm told to stay where the last c
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -75,6 +76,8 @@ class LagResult:
 def measure_lag(arm: Arm, channel: int, limits: JointLimits, options: LagOptions) -> LagResult:
     """Swing one joint of an enabled arm and return its lag; the arm ends where it began.
 
+    When anything fails, or the caller is interrupted, it brakes and stays where it is.
+
     Args:
         arm: open with ``enable``.
         channel: which joint.
@@ -102,8 +105,11 @@ def measure_lag(arm: Arm, channel: int, limits: JointLimits, options: LagOptions
     limiter.seed(start)
     try:
         samples = _swing(arm, limiter, start, channel, options)
-    finally:
-        _come_to_rest(arm, limiter, start)
+    except BaseException:
+        # Whatever it was, going back to the start is one motion too many.
+        _brake(arm, limiter)
+        raise
+    _come_to_rest(arm, limiter, start)
     return _evaluate(name, samples, options)
 
 
@@ -145,8 +151,16 @@ def _swing(
     return np.array(rows)
 
 
+def _brake(arm: Arm, limiter: Limiter) -> None:
+    """Decelerate within the limits and stay there, as far as the arm still takes commands."""
+    with contextlib.suppress(DeviceError):
+        while not limiter.standing:
+            arm.send(limiter.brake())
+            time.sleep(_PERIOD_S)
+
+
 def _come_to_rest(arm: Arm, limiter: Limiter, start: FloatArray) -> None:
-    """Go back to the start at the limiter's pace and stay; gives up where the arm does."""
+    """Go back to the start at the limiter's pace and stay."""
     limiter.set_speed_limit(0.1, 0.02)
     deadline_s = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline_s:

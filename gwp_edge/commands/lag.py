@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gwp_edge.commands.options import DriverOption
-from gwp_edge.console import say, write_json
+from gwp_edge.console import raise_on_signals, say, write_json
 from gwp_edge.errors import SpecError
 
 
@@ -50,6 +50,7 @@ def lag(
             f"this moves {name} of a real arm by {amplitude:g} to either side; clear its "
             "surroundings, have the e-stop at hand, and add --yes"
         )
+    raise_on_signals()  # a kill brakes the arm like Ctrl-C does
     world = create_world(config, spec)
     try:
         arm = create_arm(config, spec, world.start() if world is not None else {})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gwp_edge.commands import lag as lag_command
+from gwp_edge.console import Interrupted
 from gwp_edge.drivers import kinematic
 from gwp_edge.drivers.piper import PiperArm
 from gwp_edge.drivers.piper_fake_bus import FakeProcess
@@ -64,6 +65,39 @@ def test_arm_that_faults_ends_the_measurement(open_arm):
     arm = open_arm(faults=[{"kind": "arm-fault", "at_s": 0.2}])
     with pytest.raises(DeviceError):
         measure_lag(arm, 1, arm.limits, QUICK)
+
+
+class Interrupting:
+    """An arm that somebody interrupts in the midst of the measurement, and what it is sent."""
+
+    def __init__(self, arm, error):
+        self._arm, self._error, self.sent = arm, error, []
+
+    def __getattr__(self, name):
+        return getattr(self._arm, name)
+
+    def state(self):
+        if len(self.sent) == 60:
+            raise self._error
+        return self._arm.state()
+
+    def send(self, position):
+        self.sent.append(np.array(position))
+        self._arm.send(position)
+
+
+@pytest.mark.parametrize("error", [Interrupted(), DeviceError("bus gone")])
+def test_interrupted_measurement_brakes_and_stays(open_arm, error):
+    """It once drove back to the start, after a fault too."""
+    arm = Interrupting(open_arm(), error)
+    with pytest.raises(type(error)):
+        measure_lag(arm, 1, arm.limits, QUICK)
+    at = np.array(arm.sent)[:, 1]
+    assert len(at) < 60 + 40, "braking takes less than 0.2 s"
+    assert abs(at[-1] - at[0]) > 0.5 * abs(at[59] - at[0])
+    speed = np.diff(at) / 0.005
+    assert speed[-1] == 0.0
+    assert np.abs(np.diff(speed)).max() <= arm.limits.acceleration_max[1] * 0.005 + 1e-9
 
 
 def test_joint_at_its_limit_is_not_moved(open_arm):
