@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from gwp_edge.errors import SpecError
+from gwp_edge.safety import with_margin
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import FloatArray, JointLimits
 
@@ -215,13 +216,16 @@ def _range(options: LerobotOptions, channel: Channel) -> tuple[float, float]:
 
 
 def _limits(options: LerobotOptions, channels: Sequence[Channel]) -> JointLimits:
-    """Return the given ranges; without one a full turn, or 0 to 0.1 m: LeRobot tells none."""
+    """Return the given ranges less a margin; without one a full turn, or 0 to 0.1 m.
+
+    LeRobot tells none. A gripper has no margin: it must be able to close.
+    """
     is_rad = np.array([c.unit == "rad" for c in channels])
     ends = [
         sorted(options.ranges.get(c.name, (-math.pi, math.pi) if c.unit == "rad" else (0.0, 0.1)))
         for c in channels
     ]
-    return JointLimits(
+    limits = JointLimits(
         position_min=np.array([low for low, _ in ends]),
         position_max=np.array([high for _, high in ends]),
         velocity_max=np.where(is_rad, options.velocity_max_rad_s, options.velocity_max_m_s),
@@ -229,3 +233,4 @@ def _limits(options: LerobotOptions, channels: Sequence[Channel]) -> JointLimits
             is_rad, options.acceleration_max_rad_s2, options.acceleration_max_m_s2
         ),
     )
+    return with_margin(limits, channels, margin_m=0.0)

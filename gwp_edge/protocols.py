@@ -105,7 +105,11 @@ class Arm(Protocol):
 
     @property
     def limits(self) -> JointLimits:
-        """Limits of the arm itself; known after ``open``."""
+        """Limits that commands may use up; known after ``open``.
+
+        Positions lie inside of the arm's own stops by a margin (``safety.with_margin``), so that
+        a controller that stops at its own limit is never reached.
+        """
         ...
 
     def open(self, *, enable: bool) -> None:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from gwp_edge.errors import DeviceError, SafetyFault, SpecError
+from gwp_edge.safety import with_margin
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.types import ArmState, FloatArray, JointLimits
 
@@ -44,12 +45,13 @@ class SerialArm:
     @property
     def limits(self) -> JointLimits:
         D = len(self._channels)
-        return JointLimits(
+        stops = JointLimits(
             position_min=np.full(D, -2.5),
             position_max=np.full(D, 2.5),
             velocity_max=np.full(D, 2.0),
             acceleration_max=np.full(D, 8.0),
         )
+        return with_margin(stops, self._channels)  # the arm's own stops are never reached
 
     def open(self, *, enable: bool) -> None:
         if self._bus is not None:
