@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from gwp_edge.child_process import start_shielded
 from gwp_edge.drivers.camera_process import CameraSegment, CameraWord, Phase, host_main
 from gwp_edge.errors import DeviceError, DeviceTimeoutError, SpecError
 from gwp_edge.frame_ring import FrameRing
@@ -261,7 +262,7 @@ class HostedCamera:
             name=f"gwp-camera-{self._role}",
             daemon=True,
         )
-        self._process.start()
+        start_shielded(self._process)
 
     def _follow(self) -> DeviceError | None:
         """Watch the process; return why it must be replaced, or None when it must not."""

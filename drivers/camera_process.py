@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.errors import DeviceError, GwpError
 from gwp_edge.frame_ring import FrameRing
 from gwp_edge.robots import import_callable
@@ -182,9 +183,7 @@ def host_main(
 ) -> None:
     """Run the process of one camera to its end."""
     die_with_parent(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    leave_terminal(killable=True)
     segment = CameraSegment.attach(segment_name)
     words = segment.words
     source: FrameSource | None = None

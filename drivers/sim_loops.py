@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -18,6 +17,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.drivers.sim_options import SimOptions
 from gwp_edge.drivers.sim_render import choose_backend
 from gwp_edge.drivers.sim_segment import SimSegment, SimWord
@@ -39,12 +39,10 @@ class Life:
         self._words = segment.words
         self._parent_pid = parent_pid
         self._terminated = False
-        # The terminal's Ctrl-C goes to everybody; the run decides when the world ends, so that
-        # the arm can still be brought to rest.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_terminate)
+        # The run decides when the world ends, so that the arm can still be brought to rest.
+        leave_terminal(self._on_terminate)
 
-    def _on_terminate(self, _signal: int, _frame: object) -> None:
+    def _on_terminate(self) -> None:
         self._terminated = True
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from gwp_edge.child_process import start_shielded
 from gwp_edge.drivers import sim_model
 from gwp_edge.drivers.sim_loops import Job, run_job, run_physics, run_renderer
 from gwp_edge.drivers.sim_options import RINGS_KEY, SEGMENT_KEY, SimOptions
@@ -171,7 +172,7 @@ class SimProcesses:
             name=f"gwp-sim-{name}",
             daemon=True,
         )
-        process.start()
+        start_shielded(process)
         theirs.close()
         self._processes[name] = (process, ours)
 

@@ -366,6 +366,7 @@ def _run_options(
             rate_hz=RATE_HZ,
             realtime=realtime,
             priority=_PRIORITY,
+            unwatched_ns=usual.unwatched_ns + patience_ns,
             feedback_hold_ns=usual.feedback_hold_ns + patience_ns,
             feedback_fault_ns=usual.feedback_fault_ns + patience_ns,
         ),

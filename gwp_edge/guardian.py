@@ -10,9 +10,9 @@ import contextlib
 import logging
 import os
 import select
-import signal
 import sys
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError
 from gwp_edge.mailbox import Board
@@ -33,16 +33,15 @@ def guardian_main(setup: ArmSetup, *, timeout_ns: int, realtime: bool, priority:
     """Watch the motor process until told to end; exits with 1 when the arm is out of reach."""
     # Only the supervisor ends the guardian: a terminal or a service manager that signals every
     # process must not take the net away first.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    leave_terminal()
     board = setup.attach()
     say = board.events["guardian"].say
     arm: Arm | None = None
     try:
         arm = create_arm(setup.robot, setup.spec, setup.extra)
         arm.open(enable=False)
-        make_realtime(priority=priority, cpu=None, scheduler=realtime)
+        for warning in make_realtime(priority=priority, cpu=None, scheduler=realtime):
+            say(EventKind.WARNING, f"guardian: {warning}")
         _watch(arm, board, setup.supervisor_pid, timeout_ns)
     except GwpError as e:
         say(EventKind.ERROR, f"guardian: {e}")

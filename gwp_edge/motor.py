@@ -27,6 +27,7 @@ _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
 _DROPPED_IN_ROW = 5
 _STANDING_TICKS = 3
+_UNPOWERED_IN_ROW = 2
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
@@ -80,7 +81,7 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_refused = self._n_rejected = self._n_dropped = 0
+        self._n_refused = self._n_rejected = self._n_dropped = self._n_unpowered = 0
         self._resume_count = self._words[Word.RESUME_COUNT]
         self._braking = False
         self._stop_wanted = self._parking_begun = False
@@ -163,6 +164,12 @@ class MotorLoop:
         self._board.publish_state(state)
         if state.fault is not None:
             self._fault(state.fault)
+        elif not state.enabled and not self._options.dry_run:
+            self._n_unpowered += 1
+            if self._n_unpowered >= _UNPOWERED_IN_ROW:
+                self._fault("the arm's motors have lost their power; support the arm")
+        else:
+            self._n_unpowered = 0
         if state.caution != self._caution:
             self._see_caution(state.caution, now_ns)
         age_ns = now_ns - state.t_received_ns
@@ -198,6 +205,7 @@ class MotorLoop:
             self._refuse(chunk, refused, now_ns)
             return
         self._n_refused = 0
+        self._words[Word.MOTOR_TAKEN] = chunk.chunk_idx + 1
         if self.mode not in (Mode.APPROACH, Mode.RUN):
             self._pending = chunk
             return
@@ -211,6 +219,7 @@ class MotorLoop:
 
     def _refuse(self, chunk: Chunk, why: str, now_ns: int) -> None:
         """Leave a chunk that is not finite or absurd unused; hold after three in a row."""
+        self._words[Word.MOTOR_REFUSED] = chunk.chunk_idx + 1
         is_finite = bool(np.isfinite(chunk.actions).all())
         self._words[Word.MOTOR_N_REJECTED_CHUNKS if is_finite else Word.MOTOR_N_NOT_FINITE] += 1
         self._n_refused += 1
@@ -243,12 +252,23 @@ class MotorLoop:
             self._follow_parking(now_ns)
         elif request is Request.HOLD:
             self._hold(HoldReason.OPERATOR, "held by the operator", now_ns)
+        elif self._is_unwatched(now_ns):
+            text = "nobody watches keys, signals and time any more: the main process hangs"
+            self._hold(HoldReason.UNWATCHED, text, now_ns)
         elif self._words[Word.POLICY_CAMERA_STALL]:
             if self.mode in (Mode.APPROACH, Mode.RUN):
                 self._hold(HoldReason.CAMERA_STALL, "no usable camera frames", now_ns)
         elif request is Request.RUN:
             self._try_to_start(now_ns)
         self._advance_mode(now_ns)
+
+    def _is_unwatched(self, now_ns: int) -> bool:
+        t_alive_ns = self._words[Word.SUPERVISOR_HEARTBEAT_NS]
+        return (
+            self.mode in (Mode.APPROACH, Mode.RUN)
+            and t_alive_ns > 0
+            and now_ns - t_alive_ns > self._options.unwatched_ns
+        )
 
     def _try_to_start(self, now_ns: int) -> None:
         """Begin an approach from ENABLED or a hold that may end, with a plan made since then."""

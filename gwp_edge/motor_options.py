@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from gwp_edge.errors import SpecError
 from gwp_edge.schedule import Blend
+
+_MOST_LEAD_NS: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,7 @@ class MotorOptions:
         feedback_warn_ns: older feedback is reported.
         feedback_hold_ns: older feedback stops the arm.
         feedback_fault_ns: older feedback ends the run.
+        unwatched_ns: without a sign of life from the supervisor for this long, the arm is stopped.
         refuse_far: refuse plans far outside the position limits; false clips them, for simulated
             arms only.
         realtime: ask for SCHED_FIFO and locked memory.
@@ -40,6 +44,7 @@ class MotorOptions:
     feedback_warn_ns: int = 20_000_000
     feedback_hold_ns: int = 100_000_000
     feedback_fault_ns: int = 500_000_000
+    unwatched_ns: int = 2_000_000_000
     refuse_far: bool = True
     realtime: bool = True
     priority: int = 80
@@ -48,10 +53,14 @@ class MotorOptions:
     def __post_init__(self) -> None:
         if not 10.0 <= self.rate_hz <= 2000.0:
             raise SpecError(f"motor rate: expected 10 to 2000 Hz, got {self.rate_hz}")
+        if not 0 <= self.lead_ns <= _MOST_LEAD_NS:
+            raise SpecError(f"lead: expected 0 to 1000 ms, got {self.lead_ns / 1e6:g} ms")
         if not (self.approach_rad_s > 0 and self.approach_m_s > 0):
             raise SpecError("approach speed must be positive")
         if not 0 < self.feedback_warn_ns <= self.feedback_hold_ns <= self.feedback_fault_ns:
             raise SpecError("feedback ages: expected 0 < warn <= hold <= fault")
+        if self.unwatched_ns <= 0:
+            raise SpecError(f"unwatched_ns: expected a positive time, got {self.unwatched_ns}")
         if not 1 <= self.priority <= 99:
             raise SpecError(f"priority: expected 1 to 99, got {self.priority}")
 

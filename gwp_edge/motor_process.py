@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError, SpecError
 from gwp_edge.mailbox import Board
@@ -17,10 +18,10 @@ from gwp_edge.preflight import check_arm
 from gwp_edge.protocols import Arm
 from gwp_edge.realtime import make_realtime
 from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
-from gwp_edge.spec import PolicySpec
+from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word
 from gwp_edge.telemetry import CheckResult
-from gwp_edge.types import FloatArray
+from gwp_edge.types import FloatArray, JointLimits
 from gwp_edge.workspace import Workspace, find_arms
 
 logger = logging.getLogger(__name__)
@@ -57,12 +58,9 @@ class _Life:
     def __init__(self, supervisor_pid: int) -> None:
         self._supervisor_pid = supervisor_pid
         self._terminated = False
-        # Ctrl-C reaches the whole process group; the supervisor alone decides what it means.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_terminate)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+        leave_terminal(self._on_terminate)
 
-    def _on_terminate(self, _signal: int, _frame: object) -> None:
+    def _on_terminate(self) -> None:
         self._terminated = True
 
     @property
@@ -70,11 +68,23 @@ class _Life:
         return self._terminated or os.getppid() != self._supervisor_pid
 
 
+class _Teller(logging.Handler):
+    """Hands a driver's warnings to the run, where a person sees them. Threads: the main one."""
+
+    def __init__(self, say: Callable[[EventKind, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(EventKind.WARNING, record.getMessage())
+
+
 def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
     """Run the motor process to its end; exits with 1 when something failed."""
     life = _Life(setup.supervisor_pid)
     board = setup.attach()
     say = board.events["motor"].say
+    logging.getLogger("gwp_edge").addHandler(_Teller(say))
     arm: Arm | None = None
     try:
         arm = create_arm(setup.robot, setup.spec, setup.extra)
@@ -101,6 +111,8 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
     words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
     limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
     park = park_pose(setup.robot, arm.channels)
+    if park is not None:
+        _check_park(park, limits, arm.channels)
     workspace = find_arms(setup.robot.workspace, arm.channels, setup.robot.arm.kind)
     if workspace:
         _check_workspace(Workspace(workspace, ()), arm.state().position, park, board)
@@ -124,6 +136,22 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
         raise
     # Nothing moves any more: what was sent last is a pose to hold.
     words[Word.MOTOR_ARMED] = 0
+
+
+def _check_park(park: FloatArray, limits: JointLimits, channels: Sequence[Channel]) -> None:
+    """Refuse a pose that no command may reach: parking would never end.
+
+    Raises:
+        SpecError: names the channel and its range.
+    """
+    for channel, q, low, high in zip(
+        channels, park, limits.position_min, limits.position_max, strict=True
+    ):
+        if not low <= q <= high:
+            raise SpecError(
+                f"park pose: {channel.name} is {q:g}, allowed {low:.4f} to {high:.4f}; correct "
+                "[park] in the robot file"
+            )
 
 
 def _check_workspace(
@@ -164,7 +192,8 @@ def _await_enable(
         request = words[Word.REQUEST]
         if request >= Request.PARK or life.over:
             return False
-        if request >= Request.ENABLE:
+        # Nothing else enables: a hold that is asked for before the start is no reason to power.
+        if request in (Request.ENABLE, Request.RUN):
             return True
         t_ns = max(t_ns + options.period_ns, clock.now_ns())
         clock.sleep_until_ns(t_ns)

@@ -101,6 +101,22 @@ class Observer:
         self._cameras = cameras
         self._states = states
         self._limits = limits
+        self._t_seen_ns = 0
+        self._t_unusable_ns: int | None = None
+
+    def is_stalled(self, now_ns: int) -> bool:
+        """Whether there has been no usable observation for the stall limit; call after a look.
+
+        Counted from the capture of the oldest camera's newest frame, so that a look that comes
+        late, after a long inference, finds a stall at once; where frames do come and cannot be
+        used, from the first look that found it so.
+        """
+        if self._t_unusable_ns is None:
+            return False
+        frozen_ns = now_ns - self._t_seen_ns
+        unusable_ns = now_ns - self._t_unusable_ns
+        limit_ns = self._limits.stall_ns
+        return frozen_ns > limit_ns or unusable_ns > limit_ns
 
     def observe(self, now_ns: int) -> Observation:
         """Return what is known at ``now_ns``.
@@ -109,7 +125,22 @@ class Observer:
             StaleError: a frame or the state is missing, too old, or apart from the others.
             DeviceError: a camera has failed for good.
         """
-        frames = [self._fresh_frame(camera, now_ns) for camera in self._cameras]
+        try:
+            observation = self._observe(now_ns)
+        except StaleError:
+            if self._t_unusable_ns is None:
+                self._t_unusable_ns = now_ns
+            raise
+        self._t_unusable_ns = None
+        return observation
+
+    def _observe(self, now_ns: int) -> Observation:
+        newest = [camera.latest() for camera in self._cameras]
+        self._t_seen_ns = min((f.t_captured_ns if f else 0 for f in newest), default=now_ns)
+        frames = [
+            self._fresh(camera.name, frame, now_ns)
+            for camera, frame in zip(self._cameras, newest, strict=True)
+        ]
         times = [f.t_captured_ns for f in frames]
         if max(times) - min(times) > self._limits.frame_skew_ns:
             oldest = frames[times.index(min(times))].camera
@@ -129,14 +160,13 @@ class Observer:
             raise StaleError("the arm's state is not finite")
         return Observation(frames=tuple(frames), state=state, t_state_ns=t_state_ns)
 
-    def _fresh_frame(self, camera: Camera, now_ns: int) -> Frame:
-        frame = camera.latest()
+    def _fresh(self, name: str, frame: Frame | None, now_ns: int) -> Frame:
         if frame is None:
-            raise StaleError(f"camera {camera.name} has delivered no frame yet")
+            raise StaleError(f"camera {name} has delivered no frame yet")
         age_ns = now_ns - frame.t_captured_ns
         if age_ns > self._limits.frame_age_ns:
             raise StaleError(
-                f"camera {camera.name}: the newest frame is {age_ns / 1e6:.0f} ms old, "
+                f"camera {name}: the newest frame is {age_ns / 1e6:.0f} ms old, "
                 f"allowed {self._limits.frame_age_ns / 1e6:.0f} ms"
             )
         return frame

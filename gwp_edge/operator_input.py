@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import select
@@ -10,8 +11,12 @@ import sys
 import termios
 import threading
 import tty
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from gwp_edge.child_process import FROM_OUTSIDE
+from gwp_edge.status import Request
 
 
 class Key(enum.Enum):
@@ -51,14 +56,18 @@ class TerminalKeys:
         traceback: TracebackType | None,
     ) -> None:
         if self._fd is not None and self._before is not None:
-            termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
-            self._fd = None
+            with contextlib.suppress(termios.error):  # the terminal may be gone
+                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+        self._fd = None
 
     def __call__(self) -> Key | None:
         """Return a key that was pressed since the last call, or None."""
         if self._fd is None or not select.select([self._fd], [], [], 0)[0]:
             return None
-        pressed = os.read(self._fd, 1).decode(errors="ignore")
+        try:
+            pressed = os.read(self._fd, 1).decode(errors="ignore")
+        except OSError:  # the terminal is gone; SIGHUP tells the rest
+            pressed = ""
         try:
             return Key(pressed.lower().replace("\r", "\n"))
         except ValueError:
@@ -68,26 +77,33 @@ class TerminalKeys:
 class SignalInput:
     """Counts signals while it is entered; a context manager. Threads: the main thread.
 
-    Ctrl-C, SIGTERM and SIGHUP ask for the end; SIGUSR1 is the input for an external e-stop. The
-    handlers do nothing but count: what follows is decided where the arm's state is known.
+    Ctrl-C, SIGTERM, SIGHUP (the terminal is gone), SIGQUIT and SIGTSTP (Ctrl-Z: a run that is
+    suspended would hear nobody) ask for the end; SIGUSR1 is the input for an external e-stop.
 
     Attributes:
         n_interrupts: Ctrl-C.
-        n_terminates: SIGTERM and SIGHUP.
+        n_terminates: the others that ask for the end.
         n_estops: SIGUSR1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Callable[[Request], None] | None = None) -> None:
+        """Prepare.
+
+        Args:
+            at_once: called inside of the handler with what the signal asks of the motor process:
+                the rest of the program may be waiting for a terminal that does not take its text.
+        """
         self.n_interrupts = 0
         self.n_terminates = 0
         self.n_estops = 0
+        self._at_once = at_once
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> SignalInput:
         # Python installs handlers from the main thread only; a run from another thread is ended
         # by its caller.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            for number in FROM_OUTSIDE:
                 self._before[number] = signal.signal(number, self._count)
         return self
 
@@ -108,3 +124,5 @@ class SignalInput:
             self.n_estops += 1
         else:
             self.n_terminates += 1
+        if self._at_once is not None:
+            self._at_once(Request.STOP_NOW if number == signal.SIGUSR1 else Request.STOP)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from typing import cast
 
 import numpy as np
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.chunking import Guidance, frozen_rows
 from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError, SpecError, StaleError
@@ -38,8 +38,10 @@ from gwp_edge.types import Chunk, Observation
 logger = logging.getLogger(__name__)
 
 _POLL_NS = 2_000_000
+_LOOK_NS = 20_000_000
 _FIRST_FRAME_NS = 10_000_000_000
 _N_WARM_UP = 3
+_N_REMEMBERED = 8
 _WARN_EVERY_NS = 1_000_000_000
 
 
@@ -85,10 +87,8 @@ class PolicySetup:
 
 def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
     """Run the policy process to its end; exits with 1 when something failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The supervisor ends this process once the arm stands; a plan more does no harm until then.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    leave_terminal()
     spec = setup.spec
     board = Board.attach(setup.board, spec.n_channels, spec.n_rows)
     say = board.events["policy"].say
@@ -168,12 +168,12 @@ class _Runner:
         self._limits = options.limits or ObservationLimits.of(setup.robot.observation)
         self._observer = Observer(cameras, states, self._limits)
         self._say = board.events["policy"].say
-        self._previous: Chunk | None = None
+        self._published: deque[Chunk] = deque(maxlen=_N_REMEMBERED)
         self._latencies_ns: deque[int] = deque(maxlen=20)
         self._n_chunks = self._n_frozen = 0
         self._t_last_observed_ns = -1
-        self._t_stale_since_ns: int | None = None
-        self._t_warned_ns = 0
+        self._is_stale = False
+        self._t_warned_ns = self._t_looked_ns = 0
         self._t_published_ns = 0
         self._used: tuple[int, Guidance | None] = (-1, None)
         self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
@@ -188,10 +188,17 @@ class _Runner:
         while not self._is_over():
             now_ns = self._clock.now_ns()
             self._words[Word.POLICY_HEARTBEAT_NS] = now_ns
+            is_due = now_ns >= t_next_ns and self._may_plan()
             observation = None
-            if now_ns >= t_next_ns and self._may_plan():
+            # Cameras are looked at between plans too: a stall must not wait for the next one.
+            if is_due or now_ns - self._t_looked_ns >= _LOOK_NS:
+                self._t_looked_ns = now_ns
                 observation = self._observe(now_ns)
-            if observation is None or observation.t_observed_ns <= self._t_last_observed_ns:
+            if (
+                not is_due
+                or observation is None
+                or observation.t_observed_ns <= self._t_last_observed_ns
+            ):
                 self._clock.sleep_until_ns(now_ns + _POLL_NS)
                 continue
             self._t_last_observed_ns = observation.t_observed_ns
@@ -215,24 +222,22 @@ class _Runner:
 
     def _observe(self, now_ns: int) -> Observation | None:
         """Return an observation, or None after noting why there is none."""
-        limits = self._limits
         is_being_enabled = self._words[Word.MOTOR_MODE] == Mode.CONNECTED
         try:
             observation = self._observer.observe(now_ns)
         except StaleError as e:
             if is_being_enabled:
                 return None  # nothing moves, and the arm has no state for a moment
-            if self._t_stale_since_ns is None:
-                self._t_stale_since_ns = now_ns
+            if not self._is_stale:
+                self._is_stale = True
                 self._words[Word.POLICY_N_STALE] += 1
             if now_ns - self._t_warned_ns > _WARN_EVERY_NS:
                 self._t_warned_ns = now_ns
                 self._say(EventKind.WARNING, f"no plan: {e}")
-            # The frames were already at the first limit when they became stale.
-            if now_ns - self._t_stale_since_ns > limits.stall_ns - limits.frame_age_ns:
+            if self._observer.is_stalled(now_ns):
                 self._words[Word.POLICY_CAMERA_STALL] = 1
             return None
-        self._t_stale_since_ns = None
+        self._is_stale = False
         self._words[Word.POLICY_CAMERA_STALL] = 0
         return observation
 
@@ -242,11 +247,26 @@ class _Runner:
         self._n_frozen = 0
         self._used = (-1, None)
         in_motion = self._words[Word.MOTOR_MODE] == Mode.RUN
-        if not in_motion or self._previous is None or self._options.guidance.method == "none":
+        previous = self._to_follow() if in_motion else None
+        if previous is None or self._options.guidance.method == "none":
             return self._policy.predict(observation)
         guidance = self._guidance(observation)
-        self._used = (self._previous.chunk_idx, guidance)
-        return self._policy.predict(observation, previous=self._previous, guidance=guidance)
+        self._used = (previous.chunk_idx, guidance)
+        return self._policy.predict(observation, previous=previous, guidance=guidance)
+
+    def _to_follow(self) -> Chunk | None:
+        """Return the newest chunk that the arm follows or is about to, or None.
+
+        One that the motor process refused must not lead the next: its mistake would live on in
+        the rows that are kept.
+        """
+        taken, refused = self._words[Word.MOTOR_TAKEN], self._words[Word.MOTOR_REFUSED]
+        for chunk in reversed(self._published):
+            number = chunk.chunk_idx + 1
+            is_judged = number <= max(taken, refused)
+            if np.isfinite(chunk.actions).all() and (number == taken or not is_judged):
+                return chunk
+        return None
 
     def _guidance(self, observation: Observation) -> Guidance:
         latency_ns = round(float(np.percentile(self._latencies_ns, 95)))
@@ -268,8 +288,7 @@ class _Runner:
         self._words[Word.POLICY_N_CHUNKS] = self._n_chunks
         self._latencies_ns.append(t_published_ns - t_started_ns)
         self._t_published_ns = t_published_ns
-        # What the motor process rejects must not lead the next chunk either.
-        self._previous = chunk if np.isfinite(chunk.actions).all() else None
+        self._published.append(chunk)
         times = [f.t_captured_ns for f in observation.frames]
         timing = self._policy.timing
         self._board.timings.append(

@@ -20,6 +20,7 @@ from typing import Final, cast
 
 import msgspec
 
+from gwp_edge.child_process import start_shielded
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.record_process import RecordSetup, record_main
@@ -79,7 +80,7 @@ class Recorder:
         self._process: multiprocessing.process.BaseProcess = context.Process(
             target=record_main, args=(setup, theirs), name="gwp-record", daemon=True
         )
-        self._process.start()
+        start_shielded(self._process)
         # With our copy closed, the process sees the end of the pipe when we die.
         theirs.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.errors import DeviceError
 from gwp_edge.frame_ring import FrameRing
 from gwp_edge.mailbox import Board
@@ -39,8 +39,7 @@ class RecordSetup:
 def record_main(setup: RecordSetup, pipe: Connection) -> None:
     """Record until told to stop, or until the run's process is gone."""
     # Ctrl-C ends the run; the recorder has the last moments to write.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    leave_terminal(killable=True)
     spec = setup.header.spec
     try:
         board = Board.attach(setup.board, spec.n_channels, spec.n_rows)

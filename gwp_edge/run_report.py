@@ -59,8 +59,13 @@ class Findings:
         return self.faults[-1] if self.faults else ""
 
     def end(self, outcome: str, message: str) -> None:
-        """Note why the run ends; the first reason stays, except that a second Ctrl-C adds."""
-        if not self._outcome or outcome == self._outcome == "interrupted":
+        """Note why the run ends; the first reason stays, but Ctrl-C ends parking and itself."""
+        stopped = outcome in ("interrupted", "terminated")
+        if (
+            not self._outcome
+            or outcome == self._outcome == "interrupted"
+            or (stopped and self._outcome == "parked")
+        ):
             self._outcome, self._message = outcome, message
             if self.t_run_s is not None and not self._run_s:
                 self._run_s = time.monotonic() - self.t_run_s

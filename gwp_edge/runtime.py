@@ -72,7 +72,7 @@ def run(
         if watcher is not None:
             watcher.begin(board.name)
         supervisor = Supervisor(options, board, world, findings, on_status, keys)
-        with SignalInput() as signals:
+        with SignalInput(supervisor.ask) as signals:
             supervisor.signals = signals
             supervisor.run()
         if recorder is not None:

@@ -16,6 +16,7 @@ class Word(enum.IntEnum):
     MOTOR_PID = enum.auto()
     POLICY_STOP = enum.auto()  # 1: the policy process is to end
     GUARDIAN_STOP = enum.auto()  # 1: the guardian is to end
+    SUPERVISOR_HEARTBEAT_NS = enum.auto()  # 0: nobody supervises
     # motor process
     MOTOR_HEARTBEAT_NS = enum.auto()
     MOTOR_MODE = enum.auto()  # a Mode
@@ -32,6 +33,8 @@ class Word(enum.IntEnum):
     MOTOR_N_REJECTED_TICKS = enum.auto()
     MOTOR_N_SEND_DROPPED = enum.auto()
     MOTOR_N_HOLDS = enum.auto()
+    MOTOR_TAKEN = enum.auto()  # index + 1 of the newest chunk that was found fit to follow
+    MOTOR_REFUSED = enum.auto()  # index + 1 of the newest chunk that was refused
     # policy process
     POLICY_HEARTBEAT_NS = enum.auto()
     POLICY_PHASE = enum.auto()  # a PolicyPhase
@@ -83,6 +86,7 @@ class HoldReason(enum.IntEnum):
     FEEDBACK = 7
     STOP = 8
     ARM = 9
+    UNWATCHED = 10
 
     @property
     def ends_by_itself(self) -> bool:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import multiprocessing.process
-import os
-import signal
 import time
-from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Final
 
 from gwp_edge.errors import DeviceError
-from gwp_edge.guardian import guardian_main
 from gwp_edge.mailbox import Board
-from gwp_edge.motor_process import ArmSetup, motor_main
 from gwp_edge.operator_input import Key, SignalInput
-from gwp_edge.policy_process import PolicySetup, policy_main
 from gwp_edge.preflight import check_memory
 from gwp_edge.preflight_machine import check_machine
 from gwp_edge.protocols import World
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
+from gwp_edge.run_processes import RunProcesses
 from gwp_edge.run_report import Findings
 from gwp_edge.status import Event, EventKind, HoldReason, Mode, PolicyPhase, Request, Word
 from gwp_edge.telemetry import CheckResult
@@ -32,7 +26,9 @@ _STOP_TIMEOUT_S: Final = 5.0
 _PARK_TIMEOUT_S: Final = 60.0
 _JOIN_TIMEOUT_S: Final = 3.0
 _GUARDIAN_TIMEOUT_S: Final = 2.0
-_END_TIMEOUT_S: Final = 2.0
+# The guardian looks every 5 ms. After a stall of the whole machine it may come second.
+_GUARDIAN_SILENT_S: Final = 0.5
+_GUARDIAN_SILENT_TURNS: Final = 20
 
 
 class Supervisor:
@@ -55,85 +51,53 @@ class Supervisor:
         self._on_status = on_status
         self._keys = keys
         self.signals: SignalInput | None = None
-        self._processes: dict[str, multiprocessing.process.BaseProcess] = {}
+        self._processes = RunProcesses(options, board)
         self._t_run_s: float | None = None
         self._t_hold_s: float | None = None
         self._t_status_s = 0.0
-        self._n_interrupts = 0
+        self._n_guardian_silent = 0
+        self._hold_first = False
 
     def run(self) -> None:
         """Start, watch, end."""
-        try:
-            self._start()
-            if self._prepare():
-                self._watch()
-        except DeviceError as e:
-            self._findings.end("fault", str(e))
-        finally:
-            self._stop_arm()
-            self._end_processes()
+        # Whatever fails on the way, each of these still happens, and in this order from the last.
+        with ExitStack() as stack:
             if self._world is not None:
-                self._world.close()
+                stack.callback(self._world.close)
+            stack.callback(self._end_processes)
+            stack.callback(self._stop_arm)
+            try:
+                self._start()
+                if self._prepare():
+                    self._watch()
+            except DeviceError as e:
+                self._findings.end("fault", str(e))
+
+    def ask(self, request: Request) -> None:
+        """Ask the motor process for an end; never takes a stronger one back.
+
+        Safe inside of a signal handler: it is one store.
+        """
+        if self._words[Word.REQUEST] < request:
+            self._words[Word.REQUEST] = int(request)
 
     # Start
 
     def _start(self) -> None:
-        options = self._options
-        extra: Mapping[str, object] = self._world.start() if self._world is not None else {}
-        common = {
-            "board": self._board.name,
-            "spec": options.spec,
-            "robot": options.robot,
-            "supervisor_pid": os.getpid(),
-            "extra": dict(extra),
-        }
-        self._words[Word.SUPERVISOR_PID] = os.getpid()
-        arm_setup = ArmSetup(**common)  # type: ignore[arg-type]  # a dict forgets the types
-        if options.guardian and options.robot.arm.guardian and not options.motor.dry_run:
-            self._spawn(
-                "guardian",
-                guardian_main,
-                (arm_setup,),
-                {
-                    "timeout_ns": round(options.guardian_timeout_s * 1e9),
-                    "realtime": options.motor.realtime,
-                    "priority": max(1, options.motor.priority - 10),
-                },
-            )
-        elif not options.motor.dry_run:
+        extra = self._world.start() if self._world is not None else {}
+        if not self._processes.start(extra) and not self._options.motor.dry_run:
             self._findings.note_fault("no guardian: a killed motor process leaves its last target")
-        motor = self._spawn("motor", motor_main, (arm_setup, options.motor), {})
-        self._words[Word.MOTOR_PID] = motor.pid or 0
-        policy_setup = PolicySetup(**common)  # type: ignore[arg-type]
-        self._spawn("policy", policy_main, (policy_setup, options.policy), {})
-        for result in (check_memory(), *check_machine(options.robot)):
+        for result in (check_memory(), *check_machine(self._options.robot)):
             self._take_check(result)
-
-    def _spawn(
-        self,
-        name: str,
-        target: Callable[..., None],
-        args: tuple[object, ...],
-        kwargs: dict[str, object],
-    ) -> multiprocessing.process.BaseProcess:
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=target, args=args, kwargs=kwargs, name=f"gwp-{name}")
-        # The child inherits the blocked signals and handles them once it is able to.
-        blocked = {signal.SIGINT, signal.SIGTERM}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
-        try:
-            process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._processes[name] = process
-        return process
 
     def _prepare(self) -> bool:
         """Wait for checks and connections, then enable; return False when the run is over."""
         deadline_s = time.monotonic() + self._options.start_timeout_s
-        while not self._is_ready():
+        while self._hold_first or not self._is_ready():
             if not self._step():
                 return False
+            if self._hold_first and self._is_ready():
+                continue  # somebody pressed space: enter begins
             if time.monotonic() > deadline_s:
                 self._findings.end(
                     "fault",
@@ -142,13 +106,19 @@ class Supervisor:
                     f"{Mode(self._words[Word.MOTOR_MODE]).name.lower()}",
                 )
                 return False
+        names = {c.name for c in self._findings.checks}
+        unknown = sorted(self._options.skip_checks - names)
+        if unknown:
+            text = f"no check is called {', '.join(unknown)}; they are {', '.join(sorted(names))}"
+            self._findings.end("refused", f"checks to skip: {text}")
+            return False
         failed = [c for c in self._findings.checks if not c.passed]
         refusing = [c for c in failed if c.name not in self._options.skip_checks]
         if refusing:
             text = "; ".join(f"{c.name}: {c.detail}" for c in refusing)
             self._findings.end("refused", f"preflight failed, nothing moved: {text}")
             return False
-        self._words[Word.REQUEST] = int(Request.RUN)
+        self.ask(Request.RUN)
         return True
 
     def _is_ready(self) -> bool:
@@ -156,7 +126,7 @@ class Supervisor:
         return (
             words[Word.POLICY_PHASE] == PolicyPhase.READY
             and words[Word.MOTOR_MODE] == Mode.CONNECTED
-            and ("guardian" not in self._processes or words[Word.GUARDIAN_READY] == 1)
+            and (self._processes.guardian is None or words[Word.GUARDIAN_READY] == 1)
         )
 
     # Watch
@@ -198,22 +168,30 @@ class Supervisor:
             timeout_s = 0.0
         if now_s - self._t_hold_s < timeout_s:
             return False
+        self._collect()  # the hold's reason may be said only now
         text = self._findings.last_fault or "no usable plan came"
         self._findings.end("held", text)
         return True
 
     def _step(self) -> bool:
         """Do one turn of the watch; return False when the run is to end."""
-        time.sleep(_POLL_S)
-        self._collect()
+        self._turn()
         ended = (
-            self._see_processes()
-            or self._see_fault()
+            self._findings.ended
+            # First: the motor process may have ended because of one already.
             or self._see_signals()
+            or self._see_processes()
+            or self._see_fault()
+            or self._see_guardian()
             or self._see_key()
             or self._see_world()
         )
         return not ended
+
+    def _turn(self) -> None:
+        time.sleep(_POLL_S)
+        self._words[Word.SUPERVISOR_HEARTBEAT_NS] = time.monotonic_ns()
+        self._collect()
 
     def _collect(self) -> None:
         events: list[Event] = []
@@ -233,7 +211,17 @@ class Supervisor:
         now_s = time.monotonic()
         if self._on_status is not None and (events or now_s - self._t_status_s > 0.05):
             self._t_status_s = now_s
-            self._on_status(self._status(tuple(events)))
+            self._show(self._on_status, self._status(tuple(events)))
+
+    def _show(self, on_status: StatusCallback, status: RunStatus) -> None:
+        try:
+            on_status(status)
+        except Exception as e:  # somebody else's code, above a moving arm: it must come to rest
+            self._on_status = None
+            text = f"the run can no longer be shown ({type(e).__name__}: {e})"
+            logger.exception("%s", text)
+            self._findings.note_fault(text)
+            self._findings.end("crashed", text)
 
     def _take_check(self, result: CheckResult) -> None:
         self._findings.checks.append(result)
@@ -241,7 +229,7 @@ class Supervisor:
 
     def _status(self, events: tuple[Event, ...]) -> RunStatus:
         words = self._words
-        pids = {name: p.pid or 0 for name, p in self._processes.items()}
+        pids = self._processes.pids
         return RunStatus(
             mode=Mode(words[Word.MOTOR_MODE]),
             hold_reason=HoldReason(words[Word.MOTOR_HOLD_REASON]),
@@ -257,25 +245,24 @@ class Supervisor:
         )
 
     def _see_processes(self) -> bool:
-        for name, process in self._processes.items():
-            code = process.exitcode
-            if code is None:
-                continue
-            # A line that the process wrote just before its end says more than the exit code.
-            time.sleep(_POLL_S)
-            self._collect()
-            if name == "motor" and code == 0 and self._words[Word.MOTOR_ENDED]:
-                if self._words[Word.GUARDIAN_TRIPPED_NS] or self._is_in_fault():
-                    self._findings.end("fault", self._fault_text())
-                    return True
+        ended = self._processes.ended()
+        if ended is None:
+            return False
+        name, code = ended
+        # A line that the process wrote just before its end says more than the exit code.
+        time.sleep(_POLL_S)
+        self._collect()
+        if name == "motor" and code == 0 and self._words[Word.MOTOR_ENDED]:
+            if self._words[Word.GUARDIAN_TRIPPED_NS] or self._is_in_fault():
+                self._findings.end("fault", self._fault_text())
+            else:
                 self._findings.end("terminated", "the motor process was asked to stop")
-                return True
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            said = self._findings.last_fault
-            text = f"the {name} process {how}" + (f": {said}" if said else "")
-            self._findings.end("crashed" if code < 0 or not said else "fault", text)
             return True
-        return False
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        said = self._findings.last_fault
+        text = f"the {name} process {how}" + (f": {said}" if said else "")
+        self._findings.end("crashed" if code < 0 or not said else "fault", text)
+        return True
 
     def _is_in_fault(self) -> bool:
         return self._words[Word.MOTOR_MODE] == Mode.FAULT
@@ -289,9 +276,27 @@ class Supervisor:
         # The process writes its line before or after its mode; give it a moment.
         time.sleep(_POLL_S)
         self._collect()
-        if "motor" in self._processes and self._processes["motor"].exitcode not in (None, 0):
+        motor = self._processes.motor
+        if motor is not None and motor.exitcode not in (None, 0):
             return self._see_processes()
         self._findings.end("fault", self._fault_text())
+        return True
+
+    def _see_guardian(self) -> bool:
+        """End a run whose guardian hangs: one that died is seen by its exit code."""
+        words = self._words
+        if not words[Word.GUARDIAN_READY] or words[Word.GUARDIAN_TRIPPED_NS]:
+            return False
+        silent_s = (time.monotonic_ns() - words[Word.GUARDIAN_HEARTBEAT_NS]) / 1e9
+        limit_s = max(_GUARDIAN_SILENT_S, 10.0 * self._options.guardian_timeout_s)
+        self._n_guardian_silent = self._n_guardian_silent + 1 if silent_s > limit_s else 0
+        if self._n_guardian_silent < _GUARDIAN_SILENT_TURNS:
+            return False
+        self._findings.end(
+            "fault",
+            f"the guardian is silent for {silent_s:.1f} s: without it nobody would hold the arm "
+            "if the motor process died",
+        )
         return True
 
     def _see_signals(self) -> bool:
@@ -299,7 +304,7 @@ class Supervisor:
         if signals is None:
             return False
         if signals.n_estops:
-            self._words[Word.REQUEST] = int(Request.STOP_NOW)
+            self.ask(Request.STOP_NOW)
             self._findings.end("estop", "stopped by the external e-stop signal")
         elif signals.n_interrupts:
             self._findings.end("interrupted", "interrupted")
@@ -309,15 +314,20 @@ class Supervisor:
 
     def _see_key(self) -> bool:
         key = self._keys() if self._keys is not None else None
-        if key is Key.HOLD:
-            self._words[Word.REQUEST] = int(Request.HOLD)
+        if key is Key.QUIT:
+            self.ask(Request.PARK)
+            self._findings.end("parked", "parked by the operator")
+            return True
+        if self._words[Word.REQUEST] < Request.RUN:
+            # Nothing is enabled before the checks are done, whatever is pressed.
+            self._hold_first = key is Key.HOLD or (self._hold_first and key is not Key.RESUME)
+            if key is Key.HOLD:
+                logger.warning("held before the first motion: enter begins")
+        elif key is Key.HOLD:
+            self.ask(Request.HOLD)
         elif key is Key.RESUME and self._words[Word.REQUEST] in (Request.HOLD, Request.RUN):
             self._words[Word.RESUME_COUNT] += 1
             self._words[Word.REQUEST] = int(Request.RUN)
-        elif key is Key.QUIT:
-            self._words[Word.REQUEST] = int(Request.PARK)
-            self._findings.end("parked", "parked by the operator")
-            return True
         return False
 
     def _see_world(self) -> bool:
@@ -328,25 +338,23 @@ class Supervisor:
     # End
 
     def _stop_arm(self) -> None:
-        """Ask for the end and wait until the arm stands; a second Ctrl-C brakes harder."""
-        motor = self._processes.get("motor")
+        """Ask for the end and wait until the arm stands; signals and space still brake harder."""
+        motor = self._processes.motor
         if motor is None:
             return
         if self._words[Word.REQUEST] < Request.PARK:
-            self._words[Word.REQUEST] = int(Request.STOP)
-        n_before = self.signals.n_interrupts if self.signals else 0
+            self.ask(Request.STOP)
         parking = self._words[Word.REQUEST] == Request.PARK
         # Parking is slow on purpose; a stop is not.
         deadline_s = time.monotonic() + (_PARK_TIMEOUT_S if parking else _STOP_TIMEOUT_S)
         while motor.exitcode is None and time.monotonic() < deadline_s:
-            time.sleep(_POLL_S / 2)
-            self._collect()
+            self._turn()
             if self._words[Word.GUARDIAN_TRIPPED_NS]:
                 deadline_s = min(deadline_s, time.monotonic() + _JOIN_TIMEOUT_S)
-            if self.signals is not None and self.signals.n_interrupts > n_before:
-                n_before = self.signals.n_interrupts
-                self._words[Word.REQUEST] = int(Request.STOP_NOW)
-                self._findings.end("interrupted", "interrupted twice: immediate hold")
+            self._see_stop_of_end()
+            if parking and self._words[Word.REQUEST] != Request.PARK:
+                parking = False
+                deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         if motor.exitcode is None:
             # It hangs. Killing it is what the guardian waits for.
             self._findings.fail("crashed", "the motor process did not stop in time and was killed")
@@ -356,8 +364,28 @@ class Supervisor:
         self._await_guardian()
         self._note_standing()
 
+    def _see_stop_of_end(self) -> None:
+        """Take the e-stop, Ctrl-C and space while the arm is parked or stopped."""
+        signals = self.signals
+        if signals is not None and signals.n_estops:
+            self.ask(Request.STOP_NOW)
+            self._findings.fail("estop", "stopped by the external e-stop signal")
+        elif signals is not None and signals.n_interrupts > 1:
+            self.ask(Request.STOP_NOW)
+            self._findings.end("interrupted", "interrupted twice: immediate hold")
+        elif signals is not None and signals.n_interrupts:
+            self.ask(Request.STOP)
+            self._findings.end("interrupted", "interrupted")
+        elif signals is not None and signals.n_terminates:
+            self.ask(Request.STOP)
+            self._findings.end("terminated", "asked to terminate")
+        key = self._keys() if self._keys is not None else None
+        if key is Key.HOLD and self._words[Word.REQUEST] == Request.PARK:
+            self.ask(Request.STOP)
+            self._findings.fail("held", "the operator stopped the parking")
+
     def _await_guardian(self) -> None:
-        guardian = self._processes.get("guardian")
+        guardian = self._processes.guardian
         deadline_s = time.monotonic() + _GUARDIAN_TIMEOUT_S
         # ARMED is left on by a motor process that died; then the guardian's hold is to come.
         while guardian is not None and guardian.exitcode is None and time.monotonic() < deadline_s:
@@ -380,19 +408,6 @@ class Supervisor:
             findings.standing = "the arm was not moved"
 
     def _end_processes(self) -> None:
-        self._words[Word.POLICY_STOP] = self._words[Word.GUARDIAN_STOP] = 1
-        deadline_s = time.monotonic() + _END_TIMEOUT_S
-        for process in self._processes.values():
-            process.join(max(0.0, deadline_s - time.monotonic()))
-            if process.is_alive():
-                # Only a policy inside a long inference is left here; it holds nothing.
-                logger.info("%s did not end in time and was killed", process.name)
-                process.kill()
-                process.join()
-            process.close()
-        self._collect_rest()
-
-    def _collect_rest(self) -> None:
-        self._processes.clear()
+        self._processes.end()
         self._on_status = None
         self._collect()

@@ -38,6 +38,17 @@ _EXECUTIONS: dict[str, tuple[Method, Blend, bool]] = {
 }
 
 
+def lead_ns_of(lead_ms: float) -> int:
+    """Return ``--lead-ms`` in ns.
+
+    Raises:
+        SpecError: not a lag that an arm can have.
+    """
+    if not 0.0 <= lead_ms <= 1000.0:
+        raise SpecError(f"--lead-ms: expected 0 to 1000 ms, got {lead_ms:g}; gwp-edge lag finds it")
+    return round(lead_ms * 1e6)
+
+
 def find_execution(name: str) -> tuple[Method, Blend, bool]:
     """Return guidance method, blend between plans, and whether planning waits for the arm.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gwp_edge.commands.execution import find_execution
+from gwp_edge.commands.execution import find_execution, lead_ns_of
 from gwp_edge.commands.live_view import LiveView
 from gwp_edge.console import remark
 
@@ -104,7 +104,7 @@ def _run_options(given: RobotRun, spec: PolicySpec) -> RunOptions:
         ),
         motor=MotorOptions(
             rate_hz=given.motor_hz,
-            lead_ns=round(given.lead_ms * 1e6),
+            lead_ns=lead_ns_of(given.lead_ms),
             blend=blend,
             synchronous=synchronous,
             dry_run=given.dry_run,

@@ -13,6 +13,7 @@ from gwp_edge.commands.execution import (
     LeadOption,
     WarmStartOption,
     find_execution,
+    lead_ns_of,
 )
 from gwp_edge.commands.options import (
     DriverOption,
@@ -58,11 +59,15 @@ def run(
     lead_ms: LeadOption = 0.0,
     motor_hz: Annotated[float, typer.Option("--motor-hz", help="Motor loop rate.")] = 200.0,
     warm_start: WarmStartOption = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the noise.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything but sending.")] = False,
     realtime: Annotated[
         bool, typer.Option("--realtime/--no-realtime", help="Ask for real-time priority.")
     ] = True,
+    motor_cpu: Annotated[
+        int | None,
+        typer.Option("--motor-cpu", min=0, help="Core for the motor loop alone; see jetson.md."),
+    ] = None,
     record: Annotated[
         Path | None,
         typer.Option("--record", help="Record everything to this new folder; see replay."),
@@ -87,6 +92,7 @@ def run(
     from gwp_edge.run_options import RunOptions
 
     method, blend, synchronous = find_execution(execution)
+    lead_ns = lead_ns_of(lead_ms)
     spec = read_spec(bundle)
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
@@ -118,12 +124,13 @@ def run(
         ),
         motor=MotorOptions(
             rate_hz=motor_hz,
-            lead_ns=round(lead_ms * 1e6),
+            lead_ns=lead_ns,
             blend=blend,
             synchronous=synchronous,
             dry_run=dry_run,
             refuse_far=not simulated,
             realtime=realtime,
+            cpu=motor_cpu,
         ),
         record=record,
         duration_s=duration,

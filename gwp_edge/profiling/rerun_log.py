@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from gwp_edge.child_process import start_shielded
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.profiling.rerun_process import RerunSetup, rerun_main
 from gwp_edge.shared_memory import SHM_DIR, unique_name
@@ -73,7 +74,7 @@ class RerunLogger:
         self._process = context.Process(
             target=rerun_main, args=(setup, theirs), name="gwp-rerun", daemon=True
         )
-        self._process.start()
+        start_shielded(self._process)
         # With our copy closed, the process sees the end of the pipe when we die.
         theirs.close()
         answer = _answer(self._pipe, _START_TIMEOUT_S)

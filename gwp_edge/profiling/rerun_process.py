@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from gwp_edge.child_process import leave_terminal
 from gwp_edge.errors import DeviceError
 from gwp_edge.mailbox import Board
 from gwp_edge.profiling.raw import LIMIT_FLAGS, Records
@@ -64,8 +64,7 @@ class RerunSetup:
 def rerun_main(setup: RerunSetup, pipe: Connection) -> None:
     """Log until told to stop, or until the run's process is gone."""
     # Ctrl-C ends the run; this process has the last moments to write.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    leave_terminal(killable=True)
     board: Board | None = None
     try:
         recording = open_recording(setup)

@@ -1,9 +1,11 @@
 """Every row of the fault table, tick by tick, on a clock that is wound by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from gwp_edge.errors import DeviceError, DeviceTimeoutError
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorLoop
 from gwp_edge.motor_options import MotorOptions
@@ -493,3 +495,50 @@ def test_tick_log_keeps_what_happened(rig):
     assert last["chunk_idx"] == rig.n_chunks - 1
     assert rig.words[Word.MOTOR_N_LATE] == 1
     assert rig.board.lateness_us.sum() == rig.words[Word.MOTOR_N_TICKS]
+
+
+def test_motors_without_power_are_a_fault(rig):
+    """An arm that reports no fault and yet has let go once ran on."""
+    rig.run()
+    state = rig.arm.state
+    rig.arm.state = lambda: dataclasses.replace(state(), enabled=False)
+    rig.ticks(1, every=10)
+    assert rig.loop.mode is Mode.RUN
+    rig.ticks(5)
+    assert rig.loop.mode is Mode.FAULT
+    assert any("lost their power" in text for text in rig.said(EventKind.ERROR))
+
+
+def test_silent_supervisor_stops_the_arm_until_a_person_resumes(rig):
+    rig.run()
+    rig.words[Word.SUPERVISOR_HEARTBEAT_NS] = rig.clock.now_ns()
+    rig.ticks(390, every=10)
+    assert rig.loop.mode is Mode.RUN
+    rig.ticks(20, every=10)
+    assert rig.loop.mode is Mode.HOLD
+    assert rig.loop.hold_reason is HoldReason.UNWATCHED
+    for _ in range(40):
+        rig.words[Word.SUPERVISOR_HEARTBEAT_NS] = rig.clock.now_ns()
+        rig.ticks(10, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.HOLD
+    rig.check_decelerated_and_holding()
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.words[Word.SUPERVISOR_HEARTBEAT_NS] = rig.clock.now_ns()
+    rig.ticks(100, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_board_says_which_plans_were_taken_and_which_refused(rig):
+    rig.run()
+    assert rig.words[Word.MOTOR_TAKEN] == rig.n_chunks
+    assert rig.words[Word.MOTOR_REFUSED] == 0
+    rig.plan(bad=float("nan"))
+    rig.ticks(1)
+    assert rig.words[Word.MOTOR_REFUSED] == rig.n_chunks
+    assert rig.words[Word.MOTOR_TAKEN] == rig.n_chunks - 1
+
+
+@pytest.mark.parametrize("lead_ns", [-1, 1_000_000_001])
+def test_lead_that_no_arm_has_is_refused(lead_ns):
+    with pytest.raises(SpecError, match="lead: expected 0 to 1000 ms"):
+        MotorOptions(lead_ns=lead_ns)

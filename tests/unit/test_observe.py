@@ -97,3 +97,31 @@ def test_missing_old_or_broken_state_is_refused(board):
 def test_limits_must_be_positive():
     with pytest.raises(SpecError, match="frame_age_ns"):
         ObservationLimits(frame_age_ns=0)
+
+
+def test_stall_counts_from_the_capture_of_the_oldest_camera(board):
+    """A look that comes late, after a long inference, finds the stall at once."""
+    _publish(board, 0, 0.0)
+    cameras = [Camera("a", 10), Camera("b", 10)]
+    observer = Observer(cameras, StateHistory(board), LIMITS)
+    observer.observe(NOW)
+    assert not observer.is_stalled(NOW + 10_000 * MS)  # the last look was good
+    cameras[0].t_ns = NOW + 600 * MS
+    with pytest.raises(StaleError):
+        observer.observe(NOW + 480 * MS)
+    assert not observer.is_stalled(NOW + 480 * MS)
+    assert not observer.is_stalled(NOW + 489 * MS)
+    assert observer.is_stalled(NOW + 491 * MS)
+
+
+def test_frames_that_cannot_be_used_stall_after_the_limit(board):
+    _publish(board, 0, 0.0)
+    cameras = [Camera("a", 10), Camera("b", 70)]
+    observer = Observer(cameras, StateHistory(board), LIMITS)
+    for wait_ms in range(0, 501, 20):
+        for camera, age_ms in zip(cameras, (10, 70), strict=True):
+            camera.t_ns = NOW + (wait_ms - age_ms) * MS
+        with pytest.raises(StaleError, match="apart"):
+            observer.observe(NOW + wait_ms * MS)
+        assert not observer.is_stalled(NOW + wait_ms * MS)
+    assert observer.is_stalled(NOW + 501 * MS)

@@ -8,16 +8,25 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 | target out of limits | test_safety_property; test_motor: absurd_plans, a_little_outside |
 | plan used up | test_motor: used_up_plan_holds_and_a_fresh_one_resumes_by_approach |
 | cameras stall | test_run: camera_stall_ends_holding, short_camera_stall_resumes |
+| likewise | test_policy_process: cameras_are_watched_between_plans |
 | old joint feedback | test_motor: old_feedback_warns_then_holds_then_faults; here: silence_* |
 | arm does not follow | test_motor: arm_that_does_not_follow; here: stuck_joint |
 | transmit queue full | test_motor: dropped_commands; here: full_queue_* |
 | bus-off, interface down | here: bus_off_*, interface_that_goes_down |
 | arm status, driver bits | here: status_fault_*, driver_bit_*; test_motor: arm_fault_is_latched |
 | status 4 | here: passing_status_*; test_motor: caution_holds_once |
+| motors without power | test_motor: motors_without_power |
 | mode is not CAN | here: teach_button_*, mode_that_is_not_can_* |
-| Ctrl-C, SIGTERM | test_run: signal_ends_well |
-| motor process killed or hanging | test_run: killed_motor, hanging_motor; test_bench_loop |
+| Ctrl-C, SIGTERM, SIGHUP | test_run: signal_ends_well |
+| likewise | test_run_ends: signal_to_the_whole_group, second_interrupt |
+| guardian or policy process gone | test_run: killed_guardian, killed_policy |
+| likewise | test_run_ends: guardian_that_hangs |
+| main process hangs or dies | test_run_ends: main_process_that_hangs; test_run_orphaned |
+| display fails | test_run_ends: display_that_fails, display_is_blocked |
+| motor process killed or hanging | test_run: killed_motor, hanging_motor |
+| likewise | test_bench_loop; test_run_ends: motor_process_that_does_not_stop |
 | operator, external e-stop | test_run: estop_signal, keys_hold_resume_and_park |
+| likewise | test_run_ends: parking_can_be_stopped, keys_before_the_start |
 
 test_bench_soak injects most of them into whole runs and judges the commands at the arm.
 """
