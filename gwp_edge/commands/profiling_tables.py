@@ -40,8 +40,8 @@ def say_report(report: ProfileReport) -> None:
         say_table("motor loop, ms", _HEADER, rows)
         lag = motor.command_to_motion_ms
         say(
-            f"{motor.n_ticks} ticks, {motor.n_missed} periods missed, {motor.n_late} woke more "
-            f"than 1 ms late, motion follows commands after "
+            f"{motor.n_ticks} ticks, {motor.n_missed} periods missed, {motor.n_long_gaps} gaps "
+            f"above 1.5 periods, {motor.n_late} woke more than 1 ms late, motion follows commands after "
             f"{'an unknown time' if lag is None else f'{lag:.0f} ms'}"
         )
     _say_devices(report)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from gwp_edge.profiling.cameras import judge_camera
 from gwp_edge.profiling.chunks import MOVING, moving
-from gwp_edge.profiling.motor_report import missed_periods
+from gwp_edge.profiling.motor_report import skipped_periods
 from gwp_edge.profiling.raw import LIMIT_FLAGS, Records
 from gwp_edge.profiling.stamps import STAMP_DTYPE
 from gwp_edge.status import TickFlag
@@ -41,7 +41,7 @@ class LiveFigures:
         chunk: capture to published; the prediction where there is no camera.
         lateness: wake-up of the motor loop after its deadline, to 1 us.
         n_ticks: of the motor loop, on a plan.
-        n_missed: periods in which it did not run.
+        n_missed: periods that it skipped.
         n_limited: ticks in which a limit acted.
         n_not_sent: ticks without a command.
         missing: per camera, frames that were due and not there, and all that were due.
@@ -76,7 +76,7 @@ class LiveFeed:
         self, cameras: Sequence[str] = (), *, every_frame: bool = True, motor_hz: float = 200.0
     ) -> None:
         self._period_ms = 1e3 / motor_hz
-        self._t_woke_ns = 0
+        self._t_planned_ns = 0
         self._cameras = tuple(cameras)
         self._every_frame = every_frame
         self._chunk_ms: list[float] = []
@@ -115,15 +115,15 @@ class LiveFeed:
         self._n_not_sent += int(((flags & int(TickFlag.NOT_SENT)) != 0).sum())
 
     def _count_missed(self, ticks: Records) -> None:
-        """Count gaps between ticks that both followed a plan; a hold in between is no gap."""
+        """Count between ticks that both followed a plan; a hold in between is no gap."""
         running = np.isin(ticks["mode"], MOVING)
-        woke_ns = ticks["t_woke_ns"]
-        if self._t_woke_ns:
-            woke_ns, running = np.append(self._t_woke_ns, woke_ns), np.append(True, running)
+        planned_ns = ticks["t_planned_ns"]
+        if self._t_planned_ns:
+            planned_ns = np.append(self._t_planned_ns, planned_ns)
+            running = np.append(True, running)
         both = running[1:] & running[:-1]
-        gap_ms = np.diff(woke_ns)[both] / 1e6
-        self._n_missed += int(missed_periods(gap_ms, self._period_ms).sum())
-        self._t_woke_ns = int(woke_ns[-1]) if len(running) and running[-1] else 0
+        self._n_missed += int(skipped_periods(planned_ns, self._period_ms)[both].sum())
+        self._t_planned_ns = int(planned_ns[-1]) if len(running) and running[-1] else 0
 
     def figures(self, system: Mapping[str, float]) -> LiveFigures:
         """Return what is known; ``system`` is the newest sample."""

@@ -34,7 +34,7 @@ def motor_report(
     ticks = np.concatenate(parts)
     late = np.maximum(0, ticks["t_woke_ns"] - ticks["t_planned_ns"]) / 1e6
     gap, causes = _gaps(parts, period_ms)
-    missed = missed_periods(gap, period_ms)
+    missed = np.concatenate([skipped_periods(part["t_planned_ns"], period_ms) for part in parts])
     sent = (ticks["flags"] & int(TickFlag.NOT_SENT)) == 0
     lateness, periods = Summary.of(late), Summary.of(gap)
     jitter, busy = Summary.of(np.abs(gap - period_ms)), Summary.of(_busy(ticks))
@@ -56,6 +56,7 @@ def motor_report(
         n_late=int((late > _LATE_MS).sum()),
         n_missed=int(missed.sum()),
         longest_miss=int(missed.max(initial=0)),
+        n_long_gaps=int((gap > _GAP_PERIODS * period_ms).sum()),
         tail=max(lost, key=lambda k: lost[k]) if any(lost.values()) else None,
         tail_shares=lost,
         n_not_sent=int((~sent).sum()),
@@ -75,10 +76,15 @@ def motor_report(
     )
 
 
-def missed_periods(gap_ms: FloatArray, period_ms: float) -> npt.NDArray[np.int64]:
-    """Return how many periods were missed in each gap between two wake-ups."""
-    long_ms = gap_ms[gap_ms > _GAP_PERIODS * period_ms]
-    return np.asarray(np.round(long_ms / period_ms) - 1, np.int64)
+def skipped_periods(t_planned_ns: npt.NDArray[np.int64], period_ms: float) -> npt.NDArray[np.int64]:
+    """Return how many deadlines were given up between each two, as the loop itself counts them.
+
+    A loop that wakes late and meets the next deadline has skipped nothing, however uneven its
+    wake-ups are; it moves its deadlines on only when it is behind by more than a period.
+    """
+    period_ns = round(period_ms * 1e6)
+    skipped: npt.NDArray[np.int64] = np.maximum(np.diff(t_planned_ns) // period_ns - 1, 0)
+    return skipped
 
 
 def _running(raw: Raw, warmup_s: float) -> list[Records]:

@@ -73,8 +73,9 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
         send_ms: the driver's share of that.
         lateness_histogram: [lower edge in us, count], of bins in powers of 2^(1/2).
         n_late: woke more than 1 ms late.
-        n_missed: whole periods skipped.
+        n_missed: whole periods skipped: deadlines that the loop gave up, being behind by more.
         longest_miss: most periods skipped in one go.
+        n_long_gaps: wake-ups more than 1.5 periods apart; most of them skip no deadline.
         tail: where long gaps between commands come from: "loop", "bus", "compute", or None.
         tail_shares: time lost to each, ms.
         n_not_sent: ticks without a command.
@@ -97,6 +98,7 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
     n_late: int
     n_missed: int
     longest_miss: int
+    n_long_gaps: int
     tail: str | None
     tail_shares: dict[str, float]
     n_not_sent: int

@@ -26,6 +26,12 @@ _MIN_FOR_TAIL: Final = 30
 _TAIL_MATTERS: Final = 0.15
 _CLEAR_SHARE: Final = 0.5
 _MISSED_SHARE: Final = 1e-3
+_MENTIONED_SHARE: Final = 0.25
+_GAP_WORDS: Final = {
+    "loop": "the process was not run in time: give it real-time priority and a core",
+    "bus": "the driver took too long to send: look at the bus",
+    "compute": "the tick itself took too long, or was interrupted in it",
+}
 _ENGINE_STAGES: Final = ("preprocess", "vision", "prefill", "denoise", "postprocess")
 
 
@@ -207,20 +213,30 @@ def _motor(motor: MotorReport | None) -> Verdict | None:
         f"wakes {motor.lateness_ms.p99:.2f} ms late at p99, {motor.lateness_ms.max:.1f} ms at worst"
     )
     if not motor.n_missed:
-        return Verdict(
-            topic="motor", level="good", text=f"the motor loop keeps its time: it {late}"
-        )
-    where = {
-        "loop": "the process was not run in time: give it real-time priority and a core",
-        "bus": "the driver took too long to send: look at the bus",
-        "compute": "the tick itself took too long, or was interrupted in it",
-    }[motor.tail or "loop"]
+        gaps = ""
+        if motor.n_long_gaps:
+            gaps = (
+                f"; {motor.n_long_gaps} gaps of more than 1.5 periods, up to "
+                f"{motor.period_ms.max:.1f} ms, which skipped no deadline"
+            )
+        text = f"the motor loop keeps its deadlines: it {late}{gaps}"
+        return Verdict(topic="motor", level="good", text=text)
     level: Level = "bad" if motor.n_missed > _MISSED_SHARE * motor.n_ticks else "warn"
     text = (
         f"the motor loop {late} and missed {motor.n_missed} of {motor.n_ticks} periods, up to "
-        f"{motor.longest_miss} in a row; {where}"
+        f"{motor.longest_miss} in a row; {_where_gaps_come_from(motor)}"
     )
     return Verdict(topic="motor", level=level, text=text, blames=motor.tail)
+
+
+def _where_gaps_come_from(motor: MotorReport) -> str:
+    """Name every part that made a clear share of the long gaps, the largest first."""
+    whole = sum(motor.tail_shares.values())
+    shares = sorted(((lost, name) for name, lost in motor.tail_shares.items()), reverse=True)
+    named = [(lost, name) for lost, name in shares if lost > _MENTIONED_SHARE * whole]
+    if not named:
+        return "they came one by one, no gap was long"
+    return "; ".join(f"{_GAP_WORDS[name]} ({lost:.0f} ms in all)" for lost, name in named)
 
 
 def _camera(camera: CameraReport) -> Verdict | None:

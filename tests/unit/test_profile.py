@@ -132,10 +132,40 @@ def test_report_motor_stall_is_blamed_on_the_loop():
     story.late = {100: 20.0, 300: 20.0}
     report = story.report()
     assert report.motor.tail == "loop"
-    assert report.motor.n_missed == 8
-    assert report.motor.longest_miss == 4
+    # Woken 20 ms late, 20.2 ms until sent: deadlines at 5, 10 and 15 ms were given up.
+    assert report.motor.n_missed == 6
+    assert report.motor.longest_miss == 3
+    assert report.motor.n_long_gaps == 2
     assert verdict(report, "motor").blames == "loop"
     assert verdict(report, "motor").level == "bad"
+
+
+def test_report_jitter_that_skips_no_deadline_is_no_missed_period():
+    """Every third tick woke 2.7 ms late and every deadline was met, yet "333 of 1002 missed".
+
+    The report took any gap above 1.5 periods for a missed period; the loop skips one only when it
+    is behind by more than a period.
+    """
+    story = Story()
+    story.late = dict.fromkeys(range(0, 2000, 3), 2.7)
+    raw = story.raw()
+    assert set(np.diff(raw.ticks["t_planned_ns"])) == {5 * MS}
+    motor = story.report().motor
+    assert (motor.n_missed, motor.longest_miss) == (0, 0)
+    assert motor.n_long_gaps == pytest.approx(len(raw.ticks) / 3, abs=1)
+    assert verdict(story.report(), "motor").level == "good"
+    assert "skipped no deadline" in verdict(story.report(), "motor").text
+
+
+def test_report_two_causes_of_long_gaps_are_both_named():
+    story = Story()
+    story.late = {k: 12.0 for k in (100, 200, 300)}
+    story.send = dict.fromkeys((150, 250, 350), 14.0)
+    found = verdict(story.report(), "motor")
+    assert "look at the bus" in found.text
+    assert "real-time priority" in found.text
+    assert found.text.index("real-time priority") < found.text.index("look at the bus")
+    assert found.blames == "loop"
 
 
 def test_report_slow_bus_is_blamed_on_the_bus():
