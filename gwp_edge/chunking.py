@@ -29,7 +29,7 @@ class Guidance:
             real-time chunking with the Jacobian taken as the identity; ``none`` is free.
         n_frozen_rows: rows d that will be executed before the new chunk can arrive.
         n_horizon_rows: rows e up to which the old chunk has a say; 0 takes as many as are real.
-        beta: cap of the identity gain.
+        beta: cap of the identity gain; 10 as in LeRobot's RTCConfig, 5 in the paper's code.
         warm_start_sigma: start denoising at this sigma from the noised old chunk; 1 for a free
             start. Below 1 saves steps and keeps the mode, but resists changes of mind.
     """
@@ -37,7 +37,7 @@ class Guidance:
     method: Method = "soft"
     n_frozen_rows: int = 0
     n_horizon_rows: int = 0
-    beta: float = 5.0
+    beta: float = 10.0
     warm_start_sigma: float = 1.0
 
     def __post_init__(self) -> None:

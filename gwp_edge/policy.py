@@ -13,7 +13,7 @@ from gwp_edge.bundle import Bundle
 from gwp_edge.chunking import Guidance, prefix_gain, shift_rows, warm_start_step
 from gwp_edge.engines import create_engine
 from gwp_edge.errors import BuildError, SpecError
-from gwp_edge.passes import PassInput, free_input, run_pass, run_stages
+from gwp_edge.passes import PassAnswer, PassInput, free_input, run_pass, run_stages
 from gwp_edge.preprocess import (
     actions_from_network,
     actions_to_network,
@@ -80,7 +80,7 @@ class BundlePolicy:
 
     @property
     def timing(self) -> StageTimes:
-        """Stage times of the last ``predict``.
+        """Stage times of the last prediction, the golden one included.
 
         Raises:
             SpecError: nothing was predicted yet.
@@ -118,9 +118,10 @@ class BundlePolicy:
         state_norm = normalise_state(observation.state, self._spec)
         start = self._noise(noise)
         given = free_input(canvas, state_norm, start, self._spec.sampler.n_steps)
+        t_guide = t_given = time.monotonic_ns()
         if previous is not None and guidance is not None and guidance.method != "none":
             given = self._guided(given, observation, previous, guidance)
-        preprocess_ns = time.monotonic_ns() - t_start
+            t_given = time.monotonic_ns()
         answer = self._pass(self._engine, given)
         t_post = time.monotonic_ns()
         chunk = Chunk(
@@ -131,15 +132,21 @@ class BundlePolicy:
         )
         self._n_chunks += 1
         self._trace = PredictTrace(canvas=canvas, latent=answer.latent, noise=start)
+        self._note_times(answer, t_guide - t_start, time.monotonic_ns() - t_post, t_given - t_guide)
+        return chunk
+
+    def _note_times(
+        self, answer: PassAnswer, preprocess_ns: int, postprocess_ns: int, guide_ns: int = 0
+    ) -> None:
         self._timing = StageTimes(
             # Copies to a device and the launch come before its stages, so they count here.
             preprocess_ns=preprocess_ns + answer.other_ns,
+            guide_ns=guide_ns,
             vision_ns=answer.vision_ns,
             prefill_ns=answer.prefill_ns,
             denoise_ns=answer.denoise_ns,
-            postprocess_ns=time.monotonic_ns() - t_post,
+            postprocess_ns=postprocess_ns,
         )
-        return chunk
 
     def _noise(self, noise: Float32Array | None) -> Float32Array:
         shape = (self._spec.n_rows, self._spec.network.n_action_channels)
@@ -163,8 +170,7 @@ class BundlePolicy:
         if n_real == 0:
             return free
         prefix = actions_to_network(rows, observation.state, spec)
-        horizon = min(guidance.n_horizon_rows or n_real, n_real)
-        limited = dataclasses.replace(guidance, n_horizon_rows=horizon)
+        limited = guidance.within(n_real)
         first, x = warm_start_step(guidance, self._sigmas), free.x
         if first > 0:
             sigma = np.float32(self._sigmas[first])
@@ -181,12 +187,16 @@ class BundlePolicy:
         self, canvas: ImageArray, state: FloatArray, noise: Float32Array
     ) -> tuple[Float32Array, FloatArray]:
         """Return latent and absolute actions (H, D) for a composed canvas; rad and m."""
+        t_start = time.monotonic_ns()
         state_norm = normalise_state(state, self._spec)
         n_steps = self._spec.sampler.n_steps
-        answer = self._pass(
-            self._engine, free_input(canvas, state_norm, self._noise(noise), n_steps)
-        )
-        return answer.latent, actions_from_network(answer.x, state, self._spec)
+        given = free_input(canvas, state_norm, self._noise(noise), n_steps)
+        preprocess_ns = time.monotonic_ns() - t_start
+        answer = self._pass(self._engine, given)
+        t_post = time.monotonic_ns()
+        actions = actions_from_network(answer.x, state, self._spec)
+        self._note_times(answer, preprocess_ns, time.monotonic_ns() - t_post)
+        return answer.latent, actions
 
     def check_golden(self) -> None:
         """Run the bundle's golden input on this machine and compare.
