@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gwp_edge.commands.options import BundleArgument, JsonFlag
-from gwp_edge.console import progress_bars, remark, say, say_json, say_table
+from gwp_edge.console import (
+    Interrupted,
+    progress_bars,
+    raise_on_signals,
+    remark,
+    say,
+    say_json,
+    say_table,
+)
 from gwp_edge.errors import SpecError
 
+if TYPE_CHECKING:
+    from gwp_edge.engines.trt_options import BuildOptions
+
 _MIB = 1 << 20
+# More would hide the rest of the answer; build.json has all of them.
+_SHOWN_LAYERS = 10
 
 
 def build(
@@ -26,6 +39,14 @@ def build(
         bool,
         typer.Option("--tf32", help="Let float32 products round to 10 bits; faster, less exact."),
     ] = False,
+    allow_unproven: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unproven",
+            help="Accept quantized layers that TensorRT does not show; those that it shows in "
+            "another type still fail the build.",
+        ),
+    ] = False,
     list_only: Annotated[
         bool, typer.Option("--list", help="List the engines that were built, build nothing.")
     ] = False,
@@ -36,7 +57,7 @@ def build(
 ) -> None:
     """Build TensorRT engines for this very device, prove their precision, test their answer.
 
-    Takes minutes. Ctrl-C leaves nothing half-written.
+    Takes minutes. Ctrl-C or a kill leaves nothing half-written.
 
     Example: gwp-edge build policy.gwp
     """
@@ -54,16 +75,27 @@ def build(
         else:
             say(f"removed {len(removed)}: {', '.join(removed) or 'there was nothing'}")
         return
-    _build(bundle, level, workspace, tf32=tf32, as_json=as_json)
+    from gwp_edge.engines.trt_options import BuildOptions
+
+    options = BuildOptions(
+        level=level,
+        workspace_bytes=workspace * _MIB,
+        tf32=tf32,
+        allow_unproven=allow_unproven,
+    )
+    raise_on_signals()  # a kill while hashing or testing cleans up like Ctrl-C does
+    try:
+        _build(bundle, options, as_json=as_json)
+    except KeyboardInterrupt:  # what a signal becomes while TensorRT is at work
+        raise Interrupted from None
 
 
-def _build(bundle: Path, level: int, workspace: int, *, tf32: bool, as_json: bool) -> None:
+def _build(bundle: Path, options: BuildOptions, *, as_json: bool) -> None:
     import msgspec
 
     from gwp_edge.bundle import Bundle
-    from gwp_edge.engines.trt_build import BuildOptions, build_engines
+    from gwp_edge.engines.trt_build import build_engines
 
-    options = BuildOptions(level=level, workspace_bytes=workspace * _MIB, tf32=tf32)
     with progress_bars() as progress:
         result = build_engines(Bundle.open(bundle, progress=progress), options, progress)
     if as_json:
@@ -73,6 +105,11 @@ def _build(bundle: Path, level: int, workspace: int, *, tf32: bool, as_json: boo
     say(f"engines      {result.folder}  {n_bytes / 1e6:.1f} MB in {result.seconds:.0f} s")
     for line in result.record.proof:
         say(f"proof        {line}")
+    others = result.record.not_as_asked
+    for layer in others[:_SHOWN_LAYERS]:
+        say(f"  not so     {layer.stage} {layer.name}: {layer.got}, asked {layer.asked}")
+    if len(others) > _SHOWN_LAYERS:
+        say(f"  not so     and {len(others) - _SHOWN_LAYERS} more, all in build.json")
     say(f"golden       off by {result.record.golden_error:.2g} rad or m")
     for timing in result.record.timing:
         say(f"time         {timing}")

@@ -12,12 +12,15 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
 
 from gwp_edge.bundle import Bundle
-from gwp_edge.engines.trt_build import BuildOptions, key_of
 from gwp_edge.engines.trt_cache import find_engines
 from gwp_edge.engines.trt_device import PrimaryContext, cuda_errors
 from gwp_edge.engines.trt_graph import CapturedGraph, CudaDriver, Events
+from gwp_edge.engines.trt_options import BuildOptions, key_of
 from gwp_edge.engines.trt_stages import LoadedStages
 from gwp_edge.errors import DeviceError, GwpError, SpecError
 from gwp_edge.planning.memory import check_free, memory_plan
@@ -29,11 +32,12 @@ logger = logging.getLogger(__name__)
 class TrtEngine:
     """Runs a bundle's TensorRT engines. Threads: one owner, the one that opened it.
 
+    ``folder`` is where they are.
+
     Args:
         bundle: a checked bundle whose engines were built on this device.
         folder: engines to use; None finds those that fit.
-        options: what the engines were built with; None for the defaults.
-        graphs: replay chunks as CUDA graphs; else launch their kernels one by one.
+        options: what the engines must have been built with; None takes the newest that fit.
 
     Raises:
         PerformanceIssue: no engines, no TensorRT, PyCUDA or CUDA graphs here; says what to do.
@@ -47,7 +51,6 @@ class TrtEngine:
         *,
         folder: Path | None = None,
         options: BuildOptions | None = None,
-        graphs: bool = True,
     ) -> None:
         self._bundle, self._spec = bundle, bundle.spec
         self._n_steps = bundle.spec.sampler.n_steps
@@ -56,22 +59,27 @@ class TrtEngine:
         self._laps_ns: tuple[int, ...] = ()
         self._graphs: dict[int, CapturedGraph] = {}
         self._stages: LoadedStages | None = None
-        self._captures = graphs
         self._events: Events | None = None
         self._context = PrimaryContext()
         try:
-            self._open(folder, options or BuildOptions())
+            self._open(folder, options)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, folder: Path | None, options: BuildOptions) -> None:
+    def _open(self, folder: Path | None, options: BuildOptions | None) -> None:
         facts = self._context.facts()
+        plan = memory_plan(self._bundle.manifest)
         if folder is None:
-            folder, _ = find_engines(self._bundle, key_of(self._bundle, facts, options))
+            key = key_of(self._bundle, facts, options or BuildOptions())
+            folder, record = find_engines(self._bundle, key, any_flags=options is None)
+            plan = plan.built(
+                {stage: entry.n_bytes for stage, entry in record.files.items()},
+                max(entry.scratch_bytes for entry in record.files.values()),
+            )
         check_free(
             "loading the engines",
-            memory_plan(self._bundle.manifest).load_bytes,
+            plan.load_bytes,
             self._context.free_bytes(facts),
             "close other programs, or export with a smaller --precision",
         )
@@ -79,6 +87,7 @@ class TrtEngine:
         self._driver = CudaDriver()
         # Before vision, after it, after prefill, and after each step.
         self._events = Events(self._driver, self._n_steps + 3)
+        self.folder = folder
         self._stages = LoadedStages(
             self._bundle, folder, stream=self._stream, integrated=facts.integrated
         )
@@ -88,7 +97,9 @@ class TrtEngine:
     def set_prompt(self, task: str) -> None:
         """Make the prompt K/V of ``task`` resident."""
         if task != self._task:
-            self._ready().upload_prompt(task)
+            stages = self._ready()
+            with self._watch("the upload of a prompt"):
+                stages.upload_prompt(task)
             self._task = task
 
     def vision(self, canvas: ImageArray) -> Float32Array:
@@ -135,6 +146,12 @@ class TrtEngine:
             self._stream.synchronize()
         x_next: Float32Array = stages.buffers.host("x_next").copy()
         return x_next
+
+    def prefix(self) -> dict[str, npt.NDArray[Any]]:
+        """Return copies of the prefix K/V that the last ``prefill`` left, by name."""
+        stages = self._ready()
+        with self._watch("the download of the prefix"):
+            return stages.prefix()
 
     # -- a chunk as one graph ----------------------------------------------------------------
 
@@ -199,8 +216,6 @@ class TrtEngine:
             graph.launch(handle)
             return
         self._enqueue_chunk(stages, first_step, captured=False)
-        if not self._captures:
-            return
         self._stream.synchronize()
         enqueue = functools.partial(self._enqueue_chunk, stages, first_step, captured=True)
         self._graphs[first_step] = CapturedGraph(self._driver, handle, enqueue)

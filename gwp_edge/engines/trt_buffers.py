@@ -12,17 +12,36 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.engines.trt_device import cuda_errors, require_driver
-from gwp_edge.errors import SpecError
+from gwp_edge.errors import BuildError, SpecError
 
 if TYPE_CHECKING:
     import pycuda.driver as drv
 
 # Tensor addresses must be aligned to this.
 ALIGNMENT: Final = 256
+# TensorRT's names of the types that our graphs have at their borders.
+_DTYPES: Final[dict[str, npt.DTypeLike]] = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "UINT8": np.uint8,
+}
+
+
+def dtype_of(kind: str, name: str) -> np.dtype[Any]:
+    """Return the numpy type of TensorRT's ``kind``, such as ``HALF``, of tensor ``name``.
+
+    Raises:
+        BuildError: no tensor of ours has it.
+    """
+    if kind not in _DTYPES:
+        raise BuildError(f"engine tensor {name} is {kind}; build again from a current bundle")
+    return np.dtype(_DTYPES[kind])
 
 
 def padded_bytes(n_bytes: int) -> int:
@@ -85,6 +104,17 @@ class Buffers:
         with cuda_errors("copying to the device"):
             # ml_dtypes are strangers to PyCUDA's buffer interface; bytes are not.
             pycuda.driver.memcpy_htod(address, np.ascontiguousarray(array).view(np.uint8))
+
+    def download(
+        self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> npt.NDArray[Any]:
+        """Copy an array from the device and wait; the streams must be done."""
+        import pycuda.driver
+
+        raw = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        with cuda_errors("copying from the device"):
+            pycuda.driver.memcpy_dtoh(raw, address)
+        return raw.view(dtype).reshape(shape)
 
     def table(self, rows: npt.NDArray[Any]) -> tuple[int, ...]:
         """Put rows (N, ...) on the device; return the address of each."""

@@ -9,7 +9,9 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
 
 from gwp_edge.errors import DeviceError, GwpError, PerformanceIssue
 from gwp_edge.planning.memory import available_bytes, total_bytes
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Ends with a NUL; "NVIDIA Jetson AGX Orin Developer Kit" and the like.
+_BOARD: Final = Path("/proc/device-tree/model")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
@@ -28,6 +33,8 @@ class DeviceFacts:
     Attributes:
         name: of the GPU.
         capability: compute capability, such as (8, 7).
+        n_multiprocessors: modules of one family differ in it alone.
+        board: what the device tree calls the machine; empty where there is none.
         integrated: it shares the processor's memory, as every Jetson's does.
         tensorrt: version of the library.
         memory_bytes: all of it: the machine's where integrated, else the GPU's.
@@ -35,6 +42,8 @@ class DeviceFacts:
 
     name: str
     capability: tuple[int, int]
+    n_multiprocessors: int
+    board: str
     integrated: bool
     tensorrt: str
     memory_bytes: int
@@ -43,6 +52,14 @@ class DeviceFacts:
     def capability_text(self) -> str:
         """Compute capability as ``8.7``."""
         return f"{self.capability[0]}.{self.capability[1]}"
+
+
+def board_name(path: Path = _BOARD) -> str:
+    """Return what the device tree calls this machine, or an empty string on a PC."""
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        return ""
 
 
 def require_tensorrt() -> None:
@@ -144,12 +161,14 @@ class PrimaryContext:
 
         with cuda_errors("asking for the device"):
             capability = self.device.compute_capability()
-            attribute = pycuda.driver.device_attribute.INTEGRATED
-            integrated = bool(self.device.get_attribute(attribute))
+            kinds = pycuda.driver.device_attribute
+            integrated = bool(self.device.get_attribute(kinds.INTEGRATED))
             on_board = int(pycuda.driver.mem_get_info()[1])
             return DeviceFacts(
                 name=self.device.name(),
                 capability=(int(capability[0]), int(capability[1])),
+                n_multiprocessors=int(self.device.get_attribute(kinds.MULTIPROCESSOR_COUNT)),
+                board=board_name(),
                 integrated=integrated,
                 tensorrt=str(tensorrt.__version__),
                 memory_bytes=total_bytes() if integrated else on_board,
@@ -165,12 +184,26 @@ class PrimaryContext:
             return int(pycuda.driver.mem_get_info()[0])
 
 
-def make_logger() -> trt.ILogger:
-    """Return a TensorRT logger that writes to ours and keeps the last error.
+def shared_logger() -> trt.ILogger:
+    """Return the process's TensorRT logger, which writes to ours and keeps the last error.
 
-    ``last_error`` of it is what TensorRT said, or an empty string.
+    One for all: TensorRT sends what concerns no single object to the first logger it was given,
+    so that a second one would miss errors. ``last_error`` gives what was said. Threads: any.
     """
     require_tensorrt()
+    import tensorrt
+
+    global _logger
+    if _logger is None or _logger[0] is not tensorrt:
+        _logger = tensorrt, _make_logger()
+    return _logger[1]
+
+
+# The library and its logger; another library, as in tests, gets another one.
+_logger: tuple[ModuleType, trt.ILogger] | None = None
+
+
+def _make_logger() -> trt.ILogger:
     import tensorrt
 
     class _Logger(tensorrt.ILogger):
@@ -193,5 +226,7 @@ def make_logger() -> trt.ILogger:
 
 
 def last_error(made: trt.ILogger) -> str:
-    """Return the last error that a logger of ``make_logger`` saw."""
-    return str(getattr(made, "last_error", "")) or "TensorRT gave no reason"
+    """Return the last error that a logger saw, once: it must not explain a later failure."""
+    text = str(getattr(made, "last_error", "")) or "TensorRT gave no reason"
+    made.last_error = ""  # type: ignore[attr-defined]
+    return text

@@ -64,8 +64,7 @@ class CudaDriver:
                 function.argtypes, function.restype = arguments, ctypes.c_int
         except (OSError, AttributeError) as e:
             raise PerformanceIssue(
-                f"{_LIBRARY} has no CUDA graphs ({e}); install the driver of CUDA 11.4 or newer, "
-                "or run without graphs"
+                f"{_LIBRARY} has no CUDA graphs ({e}); install the driver of CUDA 11.4 or newer"
             ) from e
 
     def call(self, name: str, *arguments: object) -> None:

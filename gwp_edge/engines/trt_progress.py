@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S: Final = 0.2
 
 
@@ -100,7 +100,7 @@ def run_interruptible(work: Callable[[], T], cancel: Callable[[], None]) -> T:
 
     Args:
         work: called once; what it returns or raises comes back.
-        cancel: called on SIGINT or SIGTERM; ``work`` is then waited for.
+        cancel: called on SIGINT, SIGTERM or SIGHUP; ``work`` is then waited for.
 
     Raises:
         KeyboardInterrupt: a signal came; ``work`` has ended.
@@ -134,7 +134,7 @@ def run_interruptible(work: Callable[[], T], cancel: Callable[[], None]) -> T:
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let ``handler`` take SIGINT and SIGTERM; signals go to the main thread only."""
+    """Let ``handler`` take what asks for an end; signals go to the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -14,11 +14,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import msgspec
+
 from gwp_edge.bundle import Layer, Stage
 from gwp_edge.errors import BuildError
 
 Outcome = Literal["as asked", "fell back", "not shown"]
 QUANTIZED: Final = frozenset({"int8", "fp8", "w8", "w4"})
+# Weights alone: such a product computes in 16 bits, so only the weights' type tells.
+_WEIGHT_ONLY: Final[Mapping[str, str]] = {"w8": "int8", "w4": "int4"}
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 # Kernel names carry operand types: i8i8_i8i32, e4m3, f16f16, h16816, s16816, tf32.
@@ -38,6 +42,8 @@ _WORDS: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
     ("fp16", re.compile(r"\bfp16\b|\bhalf\b|\bfloat16\b")),
     ("fp32", re.compile(r"\bfp32\b|\bfloat\b|\bfloat32\b")),
 )
+# Sums kept in 16 bits: h16816 multiplies so, s16816 adds in 32; A and B, C and the sum of xmma.
+_NARROW_SUM: Final = re.compile(r"h16816|h884|h1688|f16f16_f16f16")
 _PRODUCT: Final = re.compile(r"gemm|matmul|matrixmultiply|conv|xmma|mma|cask|fc|mha|cublas")
 
 
@@ -51,6 +57,7 @@ class EngineLayer:
         types: types of its inputs and weights.
         kernel_type: what the kernel's name says it multiplies, or None.
         is_product: it looks like a matrix product or convolution.
+        sums_narrow: its kernel adds up in fp16.
     """
 
     name: str
@@ -58,10 +65,10 @@ class EngineLayer:
     types: frozenset[str]
     kernel_type: str | None
     is_product: bool
+    sums_narrow: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
+class Proof(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One layer of the manifest and what became of it."""
 
     stage: Stage
@@ -120,14 +127,17 @@ def _parse_layer(raw: Mapping[str, Any]) -> EngineLayer:
         types=frozenset(types),
         kernel_type=_match(tactic.lower(), _KERNEL_TYPES),
         is_product=_PRODUCT.search(kind) is not None,
+        sums_narrow=_NARROW_SUM.search(tactic.lower()) is not None,
     )
 
 
 def _runs_as(layer: EngineLayer, asked: str) -> str | None:
     """Return the type that an engine layer multiplies in, or None where it does not say."""
+    wanted = _WEIGHT_ONLY.get(asked, asked)
+    if asked in _WEIGHT_ONLY and wanted in layer.types:
+        return wanted
     if layer.kernel_type is not None:
         return layer.kernel_type
-    wanted = {"w8": "int8", "w4": "int4"}.get(asked, asked)
     if wanted in layer.types:
         return wanted
     return min(layer.types, default=None)
@@ -152,7 +162,7 @@ def _prove_layer(stage: Stage, layer: Layer, places: Sequence[EngineLayer]) -> P
     # A node may appear in a copy kernel beside its product; the product decides.
     products = [x for x in places if x.is_product] or list(places)
     kinds = {kind for x in products if (kind := _runs_as(x, layer.format)) is not None}
-    wanted = {"w8": "int8", "w4": "int4"}.get(layer.format, layer.format)
+    wanted = _WEIGHT_ONLY.get(layer.format, layer.format)
     outcome: Outcome = "fell back"
     if not kinds:
         outcome = "not shown"
@@ -179,11 +189,22 @@ def summarize(proofs: Sequence[Proof]) -> tuple[str, ...]:
     )
 
 
-def require_proof(proofs: Sequence[Proof]) -> None:
-    """Fail a build whose quantized layers did not become quantized kernels.
+def narrow_sums(stage: Stage, engine: Sequence[EngineLayer]) -> tuple[str, ...]:
+    """Return a line about products that add up in fp16, which long rows may not bear."""
+    found = [x.nodes[0] for x in engine if x.is_product and x.sums_narrow]
+    return (f"{stage}: {len(found)} products add up in fp16, first {found[0]}",) if found else ()
+
+
+def require_proof(proofs: Sequence[Proof], *, allow_unproven: bool = False) -> None:
+    """Fail a build whose quantized layers did not all become quantized kernels.
+
+    Args:
+        proofs: of all stages.
+        allow_unproven: accept quantized layers that the inspector does not show; those that it
+            shows in another type are refused in any case.
 
     Raises:
-        BuildError: a quantized layer fell back, or none of them is shown at all.
+        BuildError: a quantized layer fell back, or is not shown.
     """
     quantized = [x for x in proofs if x.asked in QUANTIZED]
     fallen = [x for x in quantized if x.outcome == "fell back"]
@@ -194,8 +215,10 @@ def require_proof(proofs: Sequence[Proof]) -> None:
             f"{first.stage} {first.name}: {first.got} instead of {first.asked}; export with "
             "another --precision or keep that layer in 16 bits"
         )
-    if quantized and all(x.outcome == "not shown" for x in quantized):
+    hidden = [x for x in quantized if x.outcome == "not shown"]
+    if hidden and not allow_unproven:
         raise BuildError(
-            f"none of {len(quantized)} quantized layers is shown by the engine inspector, so "
-            "nothing proves that they run quantized; report the TensorRT version"
+            f"{len(hidden)} of {len(quantized)} quantized layers are not shown by the engine "
+            f"inspector, first {hidden[0].stage} {hidden[0].name}: nothing proves that they run "
+            "quantized; report the TensorRT version, or build with --allow-unproven"
         )

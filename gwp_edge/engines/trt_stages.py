@@ -9,14 +9,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.bundle import STAGES, Bundle, Stage
-from gwp_edge.engines.trt_buffers import Buffers
+from gwp_edge.engines.trt_buffers import Buffers, dtype_of
 from gwp_edge.engines.trt_cache import engine_file
-from gwp_edge.engines.trt_device import cuda_errors, last_error, make_logger, require_tensorrt
+from gwp_edge.engines.trt_device import cuda_errors, last_error, require_tensorrt, shared_logger
 from gwp_edge.errors import BuildError, DeviceError, SpecError
 from gwp_edge.types import Float32Array
 
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 _CROSSING: Final = frozenset({"canvas", "latent", "state", "x", "x_next", "prefix_norm"})
 # One row for each step: of a table, or written anew for each chunk.
 _STEPPED: Final = ("sigma", "sigma_step", "modulation", "prefix_gain")
-_DTYPES: Final[dict[str, npt.DTypeLike]] = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "UINT8": np.uint8,
-}
 
 
 class LoadedStages:
@@ -59,16 +52,18 @@ class LoadedStages:
         self._bundle, self._spec = bundle, bundle.spec
         self._n_steps = bundle.spec.sampler.n_steps
         self._stream = stream
-        self._trt_logger = make_logger()
+        self._trt_logger = shared_logger()
         self._runtime: trt.Runtime = tensorrt.Runtime(self._trt_logger)
         self._contexts: dict[Stage, trt.IExecutionContext] = {}
         self._engines: dict[Stage, trt.ICudaEngine] = {}
         self._fixed: dict[str, int] = {}
         self._prompt: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._prefix: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self.buffers = Buffers(integrated=integrated, stream=stream)
         try:
             for stage in STAGES:
                 self._load(stage, engine_file(folder, stage))
+            self._make_contexts()
             self._make_tables()
             self._bind_all()
         except BaseException:
@@ -84,13 +79,23 @@ class LoadedStages:
                 f"{path}: TensorRT cannot load it: {last_error(self._trt_logger)}; build again"
             )
         self._engines[stage] = engine
-        with cuda_errors(f"making the {stage} context"):
-            context = engine.create_execution_context()
-        if context is None:
-            raise DeviceError(
-                f"{stage}: no execution context: {last_error(self._trt_logger)}; free memory"
-            )
-        self._contexts[stage] = context
+
+    def _make_contexts(self) -> None:
+        """Make the contexts on one scratch memory: stages follow each other on one stream."""
+        import tensorrt
+
+        n_bytes = max(engine.device_memory_size_v2 for engine in self._engines.values())
+        scratch = self.buffers.device(max(n_bytes, 1))
+        strategy = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
+        for stage, engine in self._engines.items():
+            with cuda_errors(f"making the {stage} context"):
+                context = engine.create_execution_context(strategy)
+            if context is None:
+                raise DeviceError(
+                    f"{stage}: no execution context: {last_error(self._trt_logger)}; free memory"
+                )
+            context.set_device_memory(scratch, n_bytes)
+            self._contexts[stage] = context
 
     def _make_tables(self) -> None:
         """Put everything that follows from the step alone on the device, once."""
@@ -126,19 +131,13 @@ class LoadedStages:
                 if engine.get_tensor_mode(name) == tensorrt.TensorIOMode.NONE:
                     continue
                 shape = tuple(int(side) for side in engine.get_tensor_shape(name))
-                dtype = self._dtype(engine, name)
+                dtype = dtype_of(engine.get_tensor_dtype(name).name, name)
                 if name in _STEPPED:
                     continue
                 self._bind(stage, name, self._place(buffers, name, shape, dtype))
         # The second half of the pair that denoising steps swap between them.
         x = buffers.host("x")
         self._swap = (buffers.device(x.nbytes), buffers.device(x.nbytes))
-
-    def _dtype(self, engine: trt.ICudaEngine, name: str) -> np.dtype[Any]:
-        kind = engine.get_tensor_dtype(name).name
-        if kind not in _DTYPES:
-            raise BuildError(f"engine tensor {name} is {kind}; build again from a current bundle")
-        return np.dtype(_DTYPES[kind])
 
     def _place(
         self, buffers: Buffers, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
@@ -151,6 +150,8 @@ class LoadedStages:
             self._fixed[name] = buffers.device(math.prod(shape) * dtype.itemsize)
         if name.startswith("prompt_"):
             self._prompt[name] = (shape, dtype)
+        elif name.startswith("prefix_"):
+            self._prefix[name] = (shape, dtype)
         return self._fixed[name]
 
     def _bind(self, stage: Stage, name: str, address: int) -> None:
@@ -170,6 +171,7 @@ class LoadedStages:
             known = ", ".join(repr(name) for name in prompts)
             raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
         arrays = self._bundle.arrays(prompts[task])
+        # All are checked before the first is sent: half of one prompt is not an answer.
         for name, (shape, dtype) in self._prompt.items():
             array = arrays.get(name)
             if array is None or array.shape != shape or array.dtype != dtype:
@@ -178,7 +180,15 @@ class LoadedStages:
                     f"{prompts[task]}: {name} is {got}, expected {dtype} {shape}; "
                     "export the policy again"
                 )
-            self.buffers.upload(array, self._fixed[name])
+        for name in self._prompt:
+            self.buffers.upload(arrays[name], self._fixed[name])
+
+    def prefix(self) -> dict[str, npt.NDArray[Any]]:
+        """Return copies of the prefix K/V, by name; the stream must be done."""
+        return {
+            name: self.buffers.download(self._fixed[name], shape, dtype)
+            for name, (shape, dtype) in self._prefix.items()
+        }
 
     def put_gain(self, step_idx: int, gain: Float32Array) -> None:
         """Write the gain (H, 1) of one step to the host's side."""

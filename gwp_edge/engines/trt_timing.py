@@ -20,7 +20,8 @@ from gwp_edge.planning.workload import workload
 _MEANING: Mapping[Verdict, str] = {
     "plausible": "plausible",
     "below the floor": "below the floor: is a part of the network missing? Do not trust it",
-    "far above the floor": "over 3 times the floor: slow kernels, or not the full power mode",
+    "far above the floor": "over 3 times what its layers should take: slow kernels, or not the "
+    "full power mode",
 }
 
 

@@ -17,7 +17,8 @@ from gwp_edge.planning.devices import Device
 from gwp_edge.planning.workload import LayerWork, StageWork
 
 Verdict = Literal["plausible", "below the floor", "far above the floor"]
-# A build that takes this many times its floor runs something else than it was asked to.
+# A build that takes this many times its floor, or its layers' expected time where that is more,
+# runs something else than it was asked to.
 FALLBACK_RATIO = 3.0
 # Clocks above the data sheet's, and timers, may shave a little from a true floor.
 FLOOR_MARGIN = 0.95
@@ -119,7 +120,7 @@ def estimate(work: Mapping[Stage, StageWork], device: Device, *, tf32: bool = Fa
 
 
 def judge_measured(stage: StageEstimate, measured_ms: float) -> Verdict:
-    """Compare a measured pass with its floor.
+    """Compare a measured pass with its floor, and with what its layers should take.
 
     Faster than the floor means a part of the network is missing (a miscompiled engine was seen to
     be both wrong and faster); far slower means kernels of another type than asked for.

@@ -7,7 +7,7 @@ fields name. On a Jetson one memory serves processor and GPU, so host copies cou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +21,7 @@ WORKSPACE_BYTES: Final = 1 * GIB
 # CUDA context, cuBLAS-free TensorRT runtime and Python, as seen on JetPack systems; assumed.
 _RUNTIME_BYTES: Final = 700_000_000
 # While a stage is built its weights exist as the parser's copy, the builder's copy on the device
-# and the serialized plan.
+# and the serialized plan. The engine is loaded for inspection after those are gone.
 _BUILD_COPIES: Final = 3
 # While a stage is loaded its plan is in host memory beside the engine.
 _LOAD_COPIES: Final = 2
@@ -38,8 +38,8 @@ class MemoryPlan:
     Attributes:
         weights: of each stage; engines hold theirs each.
         caches: prefix and prompt K/V.
-        activations: scratch of the largest stage; stages share it.
-        workspace: what the builder's kernels may ask for on top.
+        activations: scratch of the largest stage; stages share one.
+        workspace: what kernels may ask for on top, while building and in the same scratch later.
         runtime: CUDA context, libraries, Python.
     """
 
@@ -52,7 +52,8 @@ class MemoryPlan:
     @property
     def run_bytes(self) -> int:
         """Resident while the robot runs."""
-        return sum(self.weights.values()) + self.caches + self.activations + self.runtime
+        scratch = self.activations + self.workspace
+        return sum(self.weights.values()) + self.caches + scratch + self.runtime
 
     @property
     def load_bytes(self) -> int:
@@ -66,12 +67,22 @@ class MemoryPlan:
         largest = max(self.weights.values())
         return _BUILD_COPIES * largest + self.activations + self.workspace + self.runtime
 
+    def built(self, engine_bytes: Mapping[Stage, int], scratch_bytes: int) -> MemoryPlan:
+        """Return the plan with what engines that exist really need.
+
+        Args:
+            engine_bytes: size of each stage's engine, nearly all of it weights.
+            scratch_bytes: device memory for a pass of the stage that needs most.
+        """
+        return replace(self, weights=engine_bytes, activations=scratch_bytes, workspace=0)
+
     def rows(self) -> tuple[tuple[str, int], ...]:
         """Return name and bytes of every part, for a table."""
         return (
             *((f"weights {stage}", n) for stage, n in self.weights.items()),
             ("K/V caches", self.caches),
             ("activations", self.activations),
+            ("workspace", self.workspace),
             ("runtime", self.runtime),
             ("running", self.run_bytes),
             ("loading (peak)", self.load_bytes),

@@ -36,7 +36,7 @@ def gpu() -> None:
 
 @pytest.fixture(params=[("gwp05", "fp32"), ("gwp0", "fp32"), ("gwp05", "fp16")], ids="-".join)
 def bundle(request, gpu, exported) -> Bundle:
-    from gwp_edge.engines.trt_build import BuildOptions, build_engines
+    from gwp_edge.engines.trt_build import build_engines
     from gwp_edge.engines.trt_cache import list_engines
 
     family, precision = request.param
@@ -54,7 +54,7 @@ def engine_name() -> str:
 @pytest.fixture
 def engine():
     from gwp_edge.engines.trt import TrtEngine
-    from gwp_edge.engines.trt_build import BuildOptions
+    from gwp_edge.engines.trt_options import BuildOptions
 
     return lambda bundle: TrtEngine(bundle, options=BuildOptions(level=1))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +14,12 @@ from typer.testing import CliRunner
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.commands import building, exporting, planning
+from gwp_edge.console import EXIT_INTERRUPTED, one_line_errors
 from gwp_edge.engines.trt_build import BuildResult
-from gwp_edge.engines.trt_cache import EngineKey, EngineRecord, write_record
 from gwp_edge.engines.trt_cache import building as building_folder
+from gwp_edge.engines.trt_progress import run_interruptible
+from gwp_edge.engines.trt_proof import Proof
+from gwp_edge.engines.trt_record import SCHEMA_VERSION, EngineKey, EngineRecord, write_record
 from gwp_edge.engines.trt_timing import StageTiming
 from gwp_edge.errors import GwpError, PerformanceIssue, SpecError
 from gwp_edge.machine_limits import GemmRate, Limits
@@ -35,6 +41,8 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 KEY = EngineKey(
     graphs={},
     weights="w",
@@ -42,8 +50,19 @@ KEY = EngineKey(
     tensorrt="10.3.0",
     compute_capability="8.7",
     device="Orin",
+    n_multiprocessors=16,
+    board="NVIDIA Jetson AGX Orin Developer Kit",
     flags={"level": "3"},
 )
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """``build`` is a program's main function: it decides what signals do."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -51,7 +70,7 @@ def built(tmp_path):
     bundle = tmp_path / "policy.gwp"
     record = EngineRecord(
         schema="gwp-edge.engines",
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         key=KEY,
         bundle_id="x",
         created_at="2026-01-01T00:00:00Z",
@@ -82,7 +101,7 @@ def test_build_tells_times_that_the_model_cannot_explain(tmp_path, monkeypatch, 
     )
     record = EngineRecord(
         schema="gwp-edge.engines",
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         key=KEY,
         bundle_id="x",
         created_at="2026-01-01T00:00:00Z",
@@ -98,6 +117,64 @@ def test_build_tells_times_that_the_model_cannot_explain(tmp_path, monkeypatch, 
     assert done.exit_code == 0, done.output
     assert "vision 3.00 ms (median of 7)" in done.output
     assert done.output.count("suspect: vision is") == told
+
+
+def test_build_names_layers_that_are_not_as_asked(tmp_path, monkeypatch):
+    layers = tuple(
+        Proof(stage="prefill", name=f"l{i}", asked="fp32", got="fp16", outcome="fell back")
+        for i in range(12)
+    )
+    record = EngineRecord(
+        schema="gwp-edge.engines",
+        schema_version=SCHEMA_VERSION,
+        key=KEY,
+        bundle_id="x",
+        created_at="2026-01-01T00:00:00Z",
+        files={},
+        proof=(),
+        not_as_asked=layers,
+        golden_error=0.001,
+    )
+    given = []
+
+    def fake_build(bundle, options, progress):
+        given.append(options)
+        return BuildResult(folder=tmp_path, record=record, proofs=(), seconds=1.0)
+
+    monkeypatch.setattr("gwp_edge.bundle.Bundle.open", lambda path, progress=None: None)
+    monkeypatch.setattr("gwp_edge.engines.trt_build.build_engines", fake_build)
+    text = run("build", str(tmp_path), "--allow-unproven")
+    assert "prefill l0: fp16, asked fp32" in text
+    assert "and 2 more" in text
+    assert given[0].allow_unproven
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("inside", ["the golden gate", "TensorRT"])
+def test_build_killed_leaves_nothing_and_one_line(tmp_path, monkeypatch, number, inside):
+    """SIGTERM outside of TensorRT ended the program on the spot, with gigabytes left behind."""
+    bundle, cancelled, ended = tmp_path / "policy.gwp", threading.Event(), []
+
+    def work():
+        os.kill(os.getpid(), number)
+        ended.append(cancelled.wait(5))
+
+    def killed(*_):
+        with building_folder(bundle, KEY):
+            if inside == "TensorRT":
+                run_interruptible(work, cancelled.set)
+            else:
+                os.kill(os.getpid(), number)
+            pytest.fail("the signal did nothing")
+
+    monkeypatch.setattr("gwp_edge.bundle.Bundle.open", lambda path, progress=None: None)
+    monkeypatch.setattr("gwp_edge.engines.trt_build.build_engines", killed)
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        building.build(bundle)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    # The thread is waited for: it may hold files that are removed next.
+    assert ended == ([True] if inside == "TensorRT" else [])
+    assert not bundle.with_name("policy.gwp.engines").exists()
 
 
 def test_build_refuses_contradictions_and_bad_numbers(built):

@@ -5,6 +5,7 @@ Not a test of TensorRT: of our addresses, tables, order of calls, gates and clea
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,14 +21,16 @@ pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
-from engine_suite import ChunkSuite, EngineSuite, inputs, run_steps
+from engine_suite import TOLERANCE, ChunkSuite, EngineSuite, inputs, run_steps
 from trt_fakes import FakeGpu, installed
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.engines import create_engine
+from gwp_edge.engines.ort import OrtEngine
 from gwp_edge.engines.trt import TrtEngine
-from gwp_edge.engines.trt_build import BuildOptions, build_engines
+from gwp_edge.engines.trt_build import build_engines
 from gwp_edge.engines.trt_cache import engine_file, engines_root, list_engines
+from gwp_edge.engines.trt_options import BuildOptions
 from gwp_edge.errors import (
     BuildError,
     DeviceError,
@@ -37,6 +40,10 @@ from gwp_edge.errors import (
 from gwp_edge.planning import memory
 
 pytestmark = pytest.mark.export
+
+DATASET = Path(__file__).resolve().parents[1] / "data" / "dataset"
+# A tiny network of random weights: its quantization error is no matter here.
+UNBUDGETED = {"max_error_rad": None, "max_error_m": None}
 
 
 @pytest.fixture
@@ -125,9 +132,62 @@ def test_build_again_uses_the_timing_cache_and_replaces_the_set(built, gpu):
     assert b"other driver" not in cache.read_bytes()
 
 
+def test_build_damaged_timing_cache_counts_as_empty(built, gpu):
+    """TensorRT answers a damaged cache with None, which it does not take back."""
+    cache = next(engines_root(built.root).glob("timing-*.cache"))
+    cache.write_bytes(gpu.damaged_cache + b"...")
+    build_engines(built, BuildOptions())
+    assert gpu.damaged_cache not in cache.read_bytes()
+    assert cache.read_bytes()
+
+
+def test_build_without_any_timing_cache_builds_all_the_same(bundle, gpu):
+    gpu.damaged_cache = b""
+    build_engines(bundle, BuildOptions())
+    assert not list(engines_root(bundle.root).glob("timing-*"))
+
+
+def test_build_records_the_memory_of_each_engine(built, gpu):
+    (_, record), *_ = list_engines(built.root)
+    assert {s: f.scratch_bytes for s, f in record.files.items()} == gpu.scratch_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_build_reduced_precisions_pass_proof_and_golden_gate(exported, tmp_path, gpu, precision):
+    """The stand-ins compute the native graphs, explicit Q/DQ included."""
+    quantized = {"calibration": DATASET, "samples": 4, "observer": "minmax", "rest": "fp16"}
+    options = quantized | {"smoothing": False} if precision == "int8" else {}
+    source = exported("gwp05", precision=precision, n_steps=4, **options, **UNBUDGETED)
+    shutil.copytree(source, tmp_path / "policy.gwp")
+    bundle = Bundle.open(tmp_path / "policy.gwp")
+    result = build_engines(bundle, BuildOptions())
+    assert result.record.not_as_asked == ()
+    if precision == "int8":
+        counts = [line for line in result.record.proof if " int8: " in line]
+        assert len(counts) == 2
+        assert all("as asked" in line for line in counts)
+    engine = TrtEngine(bundle)
+    engine.set_prompt(bundle.spec.tasks[0])
+    canvas, state, x, prefix, gain = inputs(bundle.spec)
+    gains = np.zeros((bundle.spec.sampler.n_steps, *gain.shape), np.float32)
+    at_once = engine.chunk(canvas, state, x, prefix, gains)[0]
+    reference = OrtEngine(bundle)
+    reference.set_prompt(bundle.spec.tasks[0])
+    wanted = run_steps(reference, bundle.spec)
+    np.testing.assert_array_equal(at_once, run_steps(engine, bundle.spec))
+    np.testing.assert_allclose(at_once, wanted, atol=TOLERANCE["trt", precision])
+    engine.close()
+
+
 def left_behind(bundle) -> list[str]:
-    root = engines_root(bundle.root)
-    return sorted(p.name for p in root.rglob("*") if p.suffix != ".cache") if root.exists() else []
+    """Return what stands beside the bundle, timings and reports of failures apart."""
+    found = engines_root(bundle.root).rglob("*")
+    return sorted(p.name for p in found if not p.name.startswith(("timing-", "failed-")))
+
+
+def failure(bundle) -> dict:
+    (path,) = engines_root(bundle.root).glob("failed-*.json")
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -142,18 +202,59 @@ def test_build_failure_of_tensorrt_is_told_and_leaves_nothing(bundle, gpu, fault
     assert gpu.contexts == 0
 
 
-def test_build_wrong_answer_is_deleted_and_the_stage_named(bundle, gpu):
-    gpu.corrupt = lambda stage, name, value: value * 1.5 if stage == "vision" else value
-    with pytest.raises(BuildError, match="vision engine's latent is off by"):
+def spoil(*names, by=10.0):
+    """Return a fault in tensors by name, of an output or of one that is shown."""
+    return lambda stage, name, value: value + np.float32(by) if name in names else value
+
+
+def test_build_wrong_latent_is_deleted_and_vision_named(bundle, gpu):
+    gpu.corrupt = spoil("latent", "encoder.conv_out:out")
+    with pytest.raises(BuildError, match="vision engine's latent is off by") as caught:
         build_engines(bundle, BuildOptions())
+    assert "the first wrong layer is encoder.conv_out (" in str(caught.value)
+    assert "were deleted" in str(caught.value)
     assert left_behind(bundle) == []
-    gpu.corrupt = lambda stage, name, value: value + 1 if name == "x_next" else value
-    with pytest.raises(BuildError, match="so prefill or denoise is at fault"):
-        build_engines(bundle, BuildOptions())
+    assert "latent is off" in failure(bundle)["problem"]
     gpu.corrupt = lambda stage, name, value: value * np.float32("nan")
-    with pytest.raises(BuildError, match="not finite"):
+    with pytest.raises(BuildError, match="latent is not finite"):
         build_engines(bundle, BuildOptions())
     assert left_behind(bundle) == []
+    assert gpu.live == {}
+    assert gpu.contexts == 0
+
+
+def test_build_wrong_prefix_names_the_block_and_the_layer(bundle, gpu):
+    layer = "blocks.1.visual_expert.attn1.to_k"
+    gpu.corrupt = spoil("prefix_k.1", f"{layer}.add:out")
+    with pytest.raises(BuildError, match=r"prefix_k\.1 is the first K/V that is off by") as caught:
+        build_engines(bundle, BuildOptions())
+    assert f"the first wrong layer is {layer} (" in str(caught.value)
+    assert left_behind(bundle) == []
+
+
+def test_build_wrong_step_names_the_first_and_the_worst_layer(bundle, gpu):
+    first, worst = "blocks.0.action_expert.attn1.to_q", "action_decoder.out_proj"
+    fault, far = spoil("x_next", f"{first}.add:out"), spoil(f"{worst}.add:out", by=1e5)
+    gpu.corrupt = lambda stage, name, value: far(stage, name, fault(stage, name, value))
+    with pytest.raises(BuildError, match="so denoise is at fault") as caught:
+        build_engines(bundle, BuildOptions())
+    assert f"the first wrong layer is {first} (" in str(caught.value)
+    assert f"the worst {worst} (" in str(caught.value)
+    assert left_behind(bundle) == []
+    assert gpu.live == {}
+
+
+def test_build_fault_that_debug_tensors_hide_is_said_to_be_in_a_fusion(bundle, gpu):
+    gpu.corrupt = spoil("x_next")
+    with pytest.raises(BuildError, match="layers it computes them rightly, so a fusion"):
+        build_engines(bundle, BuildOptions())
+
+
+def test_build_fault_that_cannot_be_looked_for_is_told_all_the_same(bundle, gpu, monkeypatch):
+    gpu.corrupt = spoil("x_next")
+    monkeypatch.setattr("gwp_edge.engines.trt_reference.available_bytes", lambda: 0)
+    with pytest.raises(BuildError, match=r"prefill or denoise is at fault \(comparing layers"):
+        build_engines(bundle, BuildOptions())
 
 
 def test_build_graph_that_replays_old_input_is_deleted(bundle, gpu):
@@ -186,9 +287,40 @@ def test_build_silent_fallback_fails(bundle, gpu):
     )
     precision = msgspec.structs.replace(bundle.manifest.precision, layers=faked)
     bundle.manifest = msgspec.structs.replace(bundle.manifest, precision=precision)
-    with pytest.raises(BuildError, match=r"quantized layers fell back.*fp32 instead of int8"):
+    with pytest.raises(BuildError, match=r"quantized layers fell back.*fp32 instead of int8") as e:
+        build_engines(bundle, BuildOptions(allow_unproven=True))
+    assert left_behind(bundle) == []
+    (entry,) = failure(bundle)["not_as_asked"]
+    assert (entry["name"], entry["got"], entry["outcome"]) == (chosen, "fp32", "fell back")
+    assert str(engines_root(bundle.root)) in str(e.value)
+
+
+def test_build_hidden_layer_fails_unless_allowed_and_is_recorded(bundle, gpu):
+    """One quantized layer that the inspector leaves out used to pass among others."""
+    layers = bundle.manifest.precision.layers
+    chosen = next(x.name for x in layers if x.stage == "denoise" and x.weight_bytes)
+    faked = tuple(
+        msgspec.structs.replace(x, format="int8") if x.name == chosen else x for x in layers
+    )
+    precision = msgspec.structs.replace(bundle.manifest.precision, layers=faked)
+    bundle.manifest = msgspec.structs.replace(bundle.manifest, precision=precision)
+    mark = f"[ONNX Layer: {chosen}]"
+    gpu.inspector = lambda found: [x for x in found if mark not in x["Metadata"]]
+    with pytest.raises(BuildError, match=r"1 of 1 quantized layers are not shown.*--allow-unprov"):
+        build_engines(bundle, BuildOptions())
+    assert failure(bundle)["not_as_asked"][0]["name"] == chosen
+    result = build_engines(bundle, BuildOptions(allow_unproven=True))
+    assert chosen in {x.name for x in result.record.not_as_asked}
+    assert not list(engines_root(bundle.root).glob("failed-*"))
+
+
+def test_build_graph_that_cannot_be_captured_fails_with_nothing_left(bundle, gpu):
+    gpu.fail_on = "capture"
+    with pytest.raises(BuildError, match="the engines cannot run here: TensorRT failed in vision"):
         build_engines(bundle, BuildOptions())
     assert left_behind(bundle) == []
+    assert gpu.live == {}
+    assert gpu.contexts == 0
 
 
 def test_build_interrupted_cancels_and_leaves_nothing(bundle, gpu):
@@ -244,6 +376,8 @@ def test_engine_without_build_says_what_to_run(bundle):
     [
         ({"version": "10.13.3"}, r"TensorRT '10\.3\.0' instead of '10\.13\.3'"),
         ({"capability": (8, 9), "name": "RTX"}, "GPU 'Orin' instead of 'RTX'"),
+        # CUDA calls every Orin so, with one capability.
+        ({"n_sms": 8}, "multiprocessors 16 instead of 8"),
     ],
 )
 def test_engine_of_another_machine_is_refused_with_what_differs(
@@ -253,9 +387,98 @@ def test_engine_of_another_machine_is_refused_with_what_differs(
         TrtEngine(built)
 
 
-def test_engine_of_other_flags_is_refused(built):
+def test_engine_of_another_board_is_refused(built, monkeypatch):
+    monkeypatch.setattr("gwp_edge.engines.trt_device.board_name", lambda: "Jetson Orin NX")
+    with pytest.raises(BuildError, match="board '' instead of 'Jetson Orin NX'"):
+        TrtEngine(built)
+
+
+def test_engine_of_other_flags_is_refused_when_flags_are_asked_for(built):
     with pytest.raises(BuildError, match="flag level 3 instead of 5"):
         TrtEngine(built, options=BuildOptions(level=5))
+
+
+@pytest.mark.parametrize("flags", [{"level": 5}, {"tf32": True}, {"workspace_bytes": 32 << 20}])
+def test_engine_built_with_a_flag_runs_without_being_told(bundle, gpu, flags):
+    """What ``build --level 5`` made was refused by ``run``, with advice to build again."""
+    build_engines(bundle, BuildOptions(**flags))
+    create_engine("trt", bundle).close()
+
+
+def test_engine_newest_of_several_flags_is_taken(bundle, gpu, monkeypatch):
+    for level, second in ((3, 2), (5, 4), (1, 3)):
+        monkeypatch.setattr("time.gmtime", lambda s=second: (2026, 1, 1, 0, 0, s, 3, 1, 0))
+        build_engines(bundle, BuildOptions(level=level))
+    monkeypatch.undo()
+    engine = TrtEngine(bundle)
+    levels = {folder: record.key.flags["level"] for folder, record in list_engines(bundle.root)}
+    assert levels[engine.folder] == "5"
+    engine.close()
+
+
+def test_engine_of_an_older_layout_is_told_apart_from_none(built):
+    (folder, _), *_ = list_engines(built.root)
+    text = (folder / "build.json").read_text()
+    (folder / "build.json").write_text(text.replace('"schema_version": 2', '"schema_version": 1'))
+    with pytest.raises(BuildError, match="built by another gwp-edge"):
+        TrtEngine(built)
+
+
+def test_engine_stages_share_one_scratch_of_the_largest(built, gpu):
+    gpu.calls.clear()
+    engine = TrtEngine(built)
+    given = {call for call in gpu.calls if call.startswith("scratch ")}
+    assert len([call for call in gpu.calls if call.startswith("scratch ")]) == 3
+    assert len(given) == 1
+    assert given.pop().endswith(" 5000")
+    # Any other strategy allocates for each context.
+    assert {c for c in gpu.calls if c.startswith("context ")} == {"context USER_MANAGED"}
+    engine.close()
+
+
+def test_engine_load_check_counts_what_the_engines_need(built, monkeypatch):
+    """The real sizes count: a model's would refuse or pass by its assumptions."""
+    (_, record), *_ = list_engines(built.root)
+    seen = []
+    monkeypatch.setattr("gwp_edge.engines.trt.check_free", lambda *given: seen.append(given[1]))
+    TrtEngine(built).close()
+    plan = memory.memory_plan(built.manifest)
+    sizes = [entry.n_bytes for entry in record.files.values()]
+    assert seen == [sum(sizes) + max(sizes) + plan.caches + 5000 + plan.runtime]
+
+
+def test_prompt_that_does_not_fit_leaves_the_one_before(built, gpu, monkeypatch):
+    """A refused prompt used to be half uploaded, and the next chunk ran on the mixture."""
+    engine = TrtEngine(built)
+    engine.set_prompt(built.spec.tasks[0])
+    before = run_steps(engine, built.spec)
+    original = Bundle.arrays
+
+    def broken(self, name):
+        arrays = original(self, name)
+        last = [x for x in arrays if x.startswith("prompt_")][-1]
+        return {**arrays, last: arrays[last][..., :1]} | {"prompt_bias": arrays["prompt_bias"] + 1}
+
+    monkeypatch.setattr(Bundle, "arrays", broken)
+    gpu.calls.clear()
+    engine._task = None
+    with pytest.raises(SpecError, match="export the policy again"):
+        engine.set_prompt(built.spec.tasks[0])
+    assert "upload" not in gpu.calls
+    monkeypatch.undo()
+    engine._task = built.spec.tasks[0]
+    np.testing.assert_array_equal(run_steps(engine, built.spec), before)
+
+
+def test_prompt_cuda_failure_is_final(built, gpu):
+    engine = TrtEngine(built)
+    gpu.fail_on = "upload"
+    with pytest.raises(DeviceError, match="copying to the device"):
+        engine.set_prompt(built.spec.tasks[0])
+    gpu.fail_on = None
+    with pytest.raises(DeviceError, match="failed before"):
+        engine.set_prompt(built.spec.tasks[0])
+    engine.close()
 
 
 def test_engine_altered_file_is_refused(built, gpu):
@@ -343,17 +566,3 @@ def test_engine_close_frees_graphs_before_contexts_and_memory(built, gpu):
     assert order[0] == "cuGraphExecDestroy"
     assert order[-1] == "context pop"
     assert "free" in order
-
-
-def test_engine_without_graphs_runs_a_chunk_all_the_same(built, gpu):
-    gpu.calls.clear()
-    engine = TrtEngine(built, graphs=False)
-    engine.set_prompt(built.spec.tasks[0])
-    canvas, state, x, prefix, gain = inputs(built.spec)
-    gains = np.zeros((built.spec.sampler.n_steps, *gain.shape), np.float32)
-    np.testing.assert_array_equal(
-        engine.chunk(canvas, state, x, prefix, gains)[0], run_steps(engine, built.spec)
-    )
-    assert len(engine.chunk_laps_ns) == 2 + built.spec.sampler.n_steps
-    assert not any(call.startswith("cuGraph") for call in gpu.calls)
-    engine.close()

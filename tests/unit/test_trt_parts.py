@@ -13,23 +13,29 @@ import pytest
 
 from gwp_edge.bundle import Layer
 from gwp_edge.engines import trt_graph
+from gwp_edge.engines.trt_blame import relative_error
 from gwp_edge.engines.trt_buffers import padded_bytes, stacked
-from gwp_edge.engines.trt_build import BuildOptions
-from gwp_edge.engines.trt_cache import (
+from gwp_edge.engines.trt_cache import building, clean, engines_root, list_engines
+from gwp_edge.engines.trt_device import board_name
+from gwp_edge.engines.trt_gates import judge_golden, judge_replay, parse_capability
+from gwp_edge.engines.trt_graph import CudaDriver
+from gwp_edge.engines.trt_options import BuildOptions
+from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
+from gwp_edge.engines.trt_proof import (
+    narrow_sums,
+    parse_inspector,
+    prove,
+    require_proof,
+    summarize,
+)
+from gwp_edge.engines.trt_record import (
     RECORD,
+    SCHEMA_VERSION,
     EngineKey,
     EngineRecord,
-    building,
-    clean,
-    engines_root,
-    list_engines,
     read_record,
     write_record,
 )
-from gwp_edge.engines.trt_gates import judge_golden, judge_replay, parse_capability
-from gwp_edge.engines.trt_graph import CudaDriver
-from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
-from gwp_edge.engines.trt_proof import parse_inspector, prove, require_proof, summarize
 from gwp_edge.errors import BuildError, DeviceError, PerformanceIssue, SpecError
 
 ENGINES = Path(trt_graph.__file__).parent
@@ -43,6 +49,8 @@ def key(**changes) -> EngineKey:
         "tensorrt": "10.3.0",
         "compute_capability": "8.7",
         "device": "Orin (nvgpu)",
+        "n_multiprocessors": 16,
+        "board": "NVIDIA Jetson AGX Orin Developer Kit",
         "flags": {"level": "3"},
     }
     return EngineKey(**{**values, **changes})
@@ -51,7 +59,7 @@ def key(**changes) -> EngineKey:
 def record(**changes) -> EngineRecord:
     values = {
         "schema": "gwp-edge.engines",
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "key": key(),
         "bundle_id": "x",
         "created_at": "2026-01-01T00:00:00Z",
@@ -70,6 +78,8 @@ def record(**changes) -> EngineRecord:
     [
         ({"tensorrt": "10.13.3"}, "TensorRT '10.13.3' instead of '10.3.0'"),
         ({"device": "NX"}, "GPU 'NX'"),
+        ({"n_multiprocessors": 8}, "multiprocessors 8 instead of 16"),
+        ({"board": "Orin NX"}, "board 'Orin NX' instead of 'NVIDIA Jetson AGX Orin"),
         ({"compute_capability": "11.0"}, "compute capability '11.0'"),
         ({"precision": "fp16"}, "precision 'fp16'"),
         ({"weights": "v"}, "other weights"),
@@ -122,6 +132,23 @@ def test_building_ended_early_leaves_the_old_set_and_nothing_else(tmp_path, end)
     assert not engines_root(tmp_path / "new.gwp").exists()
 
 
+def test_building_sweeps_what_a_kill_left_but_not_a_build_that_runs(tmp_path):
+    """SIGKILL and power loss leave a folder, which nothing used to remove."""
+    bundle = tmp_path / "policy.gwp"
+    root = engines_root(bundle)
+    left = root / ".building-left"
+    with building(bundle, key()) as running:
+        left.mkdir()
+        (left / "vision.engine").write_bytes(b"half")
+        with building(bundle, key(tensorrt="10.4.0")) as work:
+            write_record(work, record())
+            assert not left.exists()
+            assert running.is_dir()
+            assert running not in clean(bundle)
+            assert running.is_dir()
+    assert not any(x.name.startswith(".") for x in root.iterdir())
+
+
 def test_clean_keeps_the_set_that_fits_and_its_timings(tmp_path):
     bundle = tmp_path / "policy.gwp"
     for wanted in (key(), key(tensorrt="10.4.0")):
@@ -144,8 +171,13 @@ def test_read_record_strange_or_missing_is_refused(tmp_path):
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(BuildError, match="--clean"):
         read_record(tmp_path)
-    write_record(tmp_path, record(schema_version=2))
-    with pytest.raises(BuildError, match=r"layout gwp-edge\.engines 2"):
+    write_record(tmp_path, record(schema_version=1))
+    with pytest.raises(BuildError, match=r"layout gwp-edge\.engines 1"):
+        read_record(tmp_path)
+    # An older layout lacks fields; that it is older is what helps.
+    old = {"schema": "gwp-edge.engines", "schema_version": 1, "key": {}}
+    (tmp_path / RECORD).write_text(json.dumps(old))
+    with pytest.raises(BuildError, match="build again"):
         read_record(tmp_path)
 
 
@@ -239,6 +271,14 @@ def outcome(layers, asked="int8"):
         ("bf16", {"tactic": "sm80_xmma_gemm_bf16bf16_bf16f32"}, ("as asked", "bf16")),
         ("fp32", {"tactic": "sm80_xmma_gemm_f32f32_f32f32"}, ("as asked", "fp32")),
         ("w4", {"word": "Half", "Weights": {"Type": "Int4"}}, ("as asked", "int4")),
+        # Weights alone are quantized: such a product computes in 16 bits.
+        (
+            "w4",
+            {"word": "Half", "Weights": {"Type": "Int4"}, "tactic": "sm80_xmma_gemm_f16f16_f16f32"},
+            ("as asked", "int4"),
+        ),
+        ("w4", {"word": "Half", "tactic": "sm80_xmma_gemm_f16f16_f16f32"}, ("fell back", "fp16")),
+        ("w8", {"word": "Half", "Weights": {"Type": "Int8"}}, ("as asked", "int8")),
         ("w8", {"word": "Float"}, ("fell back", "fp32")),
     ],
 )
@@ -273,14 +313,35 @@ def test_require_proof_fails_on_fallback_and_on_no_proof_at_all():
     bad = prove("prefill", [layer()], parse_inspector(_json(engine_layer(word="Half"))))
     none = prove("prefill", [layer()], parse_inspector(_json(engine_layer(name="other"))))
     require_proof(good)
-    require_proof([*good, *none])
+    # One layer that is not shown proves nothing about itself, however many others are.
+    with pytest.raises(BuildError, match=r"1 of 300 quantized layers are not shown.*prefill ffn"):
+        require_proof([*good * 299, *none])
+    require_proof([*good * 299, *none], allow_unproven=True)
     with pytest.raises(
         BuildError, match=r"1 of 2 quantized layers fell back.*fp16 instead of int8"
     ):
         require_proof([*good, *bad])
+    with pytest.raises(BuildError, match="fell back"):
+        require_proof([*good, *bad], allow_unproven=True)
     with pytest.raises(BuildError, match="nothing proves"):
         require_proof(none)
     assert summarize([*good, *bad]) == ("prefill int8: 1 as asked, 1 fell back",)
+
+
+@pytest.mark.parametrize(
+    ("tactic", "narrow"),
+    [
+        ("ampere_h16816gemm_128x64", True),
+        ("sm80_xmma_gemm_f16f16_f16f16_f16_tn_n", True),
+        ("ampere_fp16_s16816gemm_128x64", False),
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n", False),
+        ("sm80_xmma_gemm_i8i8_i8i32_f32_tn", False),
+    ],
+)
+def test_narrow_sums_tells_products_that_add_up_in_16_bits(tactic, narrow):
+    layers = parse_inspector(_json(engine_layer(tactic=tactic)))
+    line = ("prefill: 1 products add up in fp16, first ffn",)
+    assert narrow_sums("prefill", layers) == (line if narrow else ())
 
 
 def _json(*layers) -> str:
@@ -297,23 +358,38 @@ def golden(**changes):
         "wanted": wanted,
         "other_seed": wanted + 1.0,
         "tolerance": 1e-3,
-        "latent": np.ones(3, np.float32),
-        "wanted_latent": np.ones(3, np.float32),
+        "blame": lambda: "the moon",
     }
     return judge_golden(**{**values, **changes})
 
 
-def test_golden_gate_passes_what_is_near_and_returns_the_error():
-    assert golden() == pytest.approx(1e-5)
+def test_golden_gate_passes_what_is_near_and_blames_nothing():
+    def never():
+        raise AssertionError("it takes minutes")
+
+    assert golden(blame=never) == pytest.approx(1e-5)
+
+
+def test_relative_error_counts_nan_as_infinite_and_zeros_as_they_are():
+    ones = np.ones(3, np.float32)
+    assert relative_error(1.5 * ones, ones) == pytest.approx(0.5)
+    assert relative_error(ones * np.float32("nan"), ones) == float("inf")
+    assert relative_error(ones, 0 * ones) == pytest.approx(1)
+    assert relative_error(ones.astype(np.float16), ones) == 0
+
+
+def test_board_name_ends_before_the_nul_and_a_pc_has_none(tmp_path):
+    path = tmp_path / "model"
+    path.write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
+    assert board_name(path) == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert board_name(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": np.full((4, 2), 0.1)}, "off by 0.1, allowed 0.001; the latent is right"),
+        ({"answer": np.full((4, 2), 0.1)}, "off by 0.1, allowed 0.001; the moon; they"),
         ({"answer": np.full((4, 2), np.nan)}, "off by nan"),
-        ({"answer": np.full((4, 2), 0.1), "latent": np.full(3, 2, np.float32)}, "off by 100.0 %"),
-        ({"answer": np.full((4, 2), 0.1), "latent": np.full(3, np.nan, np.float32)}, "not finite"),
         ({"other_seed": np.full((4, 2), 1e-4)}, "noise may not reach"),
         ({"other_seed": np.full((4, 2), np.nan)}, "noise may not reach"),
     ],
@@ -357,7 +433,7 @@ def test_driver_without_libcuda_or_without_graphs_says_so(monkeypatch):
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(trt_graph, "load_libcuda", missing)
-    with pytest.raises(PerformanceIssue, match="or run without graphs"):
+    with pytest.raises(PerformanceIssue, match=r"driver of CUDA 11\.4"):
         CudaDriver()
     with pytest.raises(PerformanceIssue, match="no CUDA graphs"):
         CudaDriver(object())

@@ -18,6 +18,8 @@ GB = 1_000_000_000
 ORIN_64 = DeviceFacts(
     name="Orin",
     capability=(8, 7),
+    n_multiprocessors=16,
+    board="NVIDIA Jetson AGX Orin Developer Kit",
     integrated=True,
     tensorrt="10.3.0",
     memory_bytes=round(65.8 * GB),
@@ -72,6 +74,8 @@ def test_judge_build_of_one_of_two_devices_flags_only_what_suits_neither(manifes
     nano = DeviceFacts(
         name="Orin",
         capability=(8, 7),
+        n_multiprocessors=8,
+        board="NVIDIA Jetson Orin Nano Developer Kit",
         integrated=True,
         tensorrt="10.3.0",
         memory_bytes=8 * GB,
@@ -86,6 +90,8 @@ def test_judge_build_on_an_unknown_device_says_that_nothing_judges(manifest):
     other = DeviceFacts(
         name="NVIDIA GeForce RTX 3060",
         capability=(8, 6),
+        n_multiprocessors=28,
+        board="",
         integrated=False,
         tensorrt="10.13.3",
         memory_bytes=12 * GB,

@@ -15,6 +15,7 @@ import types
 from enum import Enum
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -25,13 +26,18 @@ ALIGNMENT = 256
 class FakeGpu:
     """State of the machine: streams in capture, live allocations, what was called in order."""
 
-    def __init__(self, *, capability=(8, 7), name="Orin", integrated=True, version="10.3.0"):
+    def __init__(
+        self, *, capability=(8, 7), name="Orin", integrated=True, version="10.3.0", n_sms=16
+    ):
         self.capability, self.name, self.integrated = capability, name, integrated
+        self.n_sms = n_sms
         self.version = version
         self.captures: dict[int, list] = {}
         self.graphs: dict[int, list] = {}
         self.calls: list[str] = []
         self.live: dict[int, object] = {}
+        self.scratch_bytes = {"vision": 3000, "prefill": 5000, "denoise": 1000}
+        self.damaged_cache = b"damaged"  # such a timing cache is None
         self.contexts = 0
         self.fail_on: str | None = None
         self.inspector = None  # changes the inspector's layers
@@ -106,8 +112,7 @@ def make_pycuda(gpu: FakeGpu) -> dict[str, types.ModuleType]:
             return gpu.capability
 
         def get_attribute(self, attribute):
-            assert attribute == 18
-            return int(gpu.integrated)
+            return {18: int(gpu.integrated), 16: gpu.n_sms}[attribute]
 
         def retain_primary_context(self):
             return Context()
@@ -151,7 +156,12 @@ def make_pycuda(gpu: FakeGpu) -> dict[str, types.ModuleType]:
         ctypes.memmove(dest, source.ctypes.data, source.nbytes)
 
     def memcpy_htod(dest, src):
+        gpu.maybe_fail("upload")
+        gpu.calls.append("upload")
         copy(dest, src)
+
+    def memcpy_dtoh(dest, src):
+        ctypes.memmove(dest.ctypes.data, src, dest.nbytes)
 
     def memcpy_htod_async(dest, src, stream=None):
         gpu.run(stream.handle, lambda: copy(dest, np.asarray(src)))
@@ -165,10 +175,10 @@ def make_pycuda(gpu: FakeGpu) -> dict[str, types.ModuleType]:
     driver.mem_alloc = Allocation
     driver.mem_get_info = lambda: (20_000_000_000, 24_000_000_000)
     driver.pagelocked_empty = pagelocked_empty
-    driver.memcpy_htod = memcpy_htod
+    driver.memcpy_htod, driver.memcpy_dtoh = memcpy_htod, memcpy_dtoh
     driver.memcpy_htod_async = memcpy_htod_async
     driver.memcpy_dtoh_async = memcpy_dtoh_async
-    driver.device_attribute = types.SimpleNamespace(INTEGRATED=18)
+    driver.device_attribute = types.SimpleNamespace(INTEGRATED=18, MULTIPROCESSOR_COUNT=16)
     driver.host_alloc_flags = types.SimpleNamespace(DEVICEMAP=2)
     return {"pycuda": package, "pycuda.driver": driver}
 
@@ -176,7 +186,12 @@ def make_pycuda(gpu: FakeGpu) -> dict[str, types.ModuleType]:
 # -- tensorrt --------------------------------------------------------------------------------------
 
 _KINDS = {1: "FLOAT", 10: "HALF", 16: "BF16", 2: "UINT8"}
-_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "UINT8": np.uint8}
+_NUMPY = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "UINT8": np.uint8,
+}
 
 
 def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
@@ -195,6 +210,9 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
     trt.ProfilingVerbosity = Enum("ProfilingVerbosity", "DETAILED")
     trt.LayerInformationFormat = Enum("LayerInformationFormat", "JSON")
     trt.TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
+    trt.TensorLocation = Enum("TensorLocation", "DEVICE HOST")
+    strategies = Enum("ExecutionContextAllocationStrategy", "STATIC USER_MANAGED")
+    trt.ExecutionContextAllocationStrategy = strategies
     trt.DataType = Enum("DataType", list(_KINDS.values()))
 
     class Logger:
@@ -208,7 +226,12 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
         def __init__(self):
             pass
 
+    class IDebugListener:
+        def __init__(self):
+            pass
+
     trt.Logger, trt.ILogger, trt.IProgressMonitor = Logger, ILogger, IProgressMonitor
+    trt.IDebugListener = IDebugListener
 
     class Cache:
         def __init__(self, data):
@@ -228,17 +251,38 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
             self.cleared.append(flag)
 
         def create_timing_cache(self, data):
-            return Cache(data)
+            return None if data.startswith(gpu.damaged_cache) else Cache(data)
 
         def set_timing_cache(self, cache, ignore_mismatch):
             assert ignore_mismatch is False
+            if cache is None:
+                raise TypeError("set_timing_cache(): incompatible function arguments")
             return not cache.data.startswith(b"other driver")
 
-        def get_timing_cache(self):
-            return None
+    class Layer:
+        num_outputs = 1
+
+        def __init__(self, name):
+            self.name = name
+
+        def get_output(self, index):
+            assert index == 0
+            return types.SimpleNamespace(name=self.name)
 
     class Network:
-        path = None
+        def __init__(self):
+            self.path, self.layers, self.debug = None, [], []
+
+        @property
+        def num_layers(self):
+            return len(self.layers)
+
+        def get_layer(self, index):
+            return self.layers[index]
+
+        def mark_debug(self, tensor):
+            self.debug.append(tensor.name)
+            return True
 
     class Parser:
         def __init__(self, network, logger):
@@ -255,6 +299,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
                 self.num_errors = 1
                 return False
             self.network.path = path
+            self.network.layers = [Layer(out) for n in model.graph.node for out in n.output]
             return True
 
         def get_error(self, index):
@@ -273,6 +318,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
         def build_serialized_network(self, network, config):
             assert config.profiling_verbosity is trt.ProfilingVerbosity.DETAILED
+            assert config.max_aux_streams == 0, "everything runs on one stream"
             gpu.calls.append(f"build tf32={'off' if config.cleared else 'on'}")
             if gpu.fail_on == "build":
                 self.logger.log(Logger.Severity.ERROR, "out of\nworkspace")
@@ -290,7 +336,11 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
                 monitor.step_complete("Building", i)
             monitor.phase_finish("Building")
             return json.dumps(
-                {"onnx": str(network.path), "stage": Path(network.path).stem}
+                {
+                    "onnx": str(network.path),
+                    "stage": Path(network.path).stem,
+                    "debug": network.debug,
+                }
             ).encode()
 
     class Inspector:
@@ -302,8 +352,26 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
             return json.dumps({"Layers": gpu.inspector(layers) if gpu.inspector else layers})
 
     class ExecutionContext:
-        def __init__(self, engine):
-            self.engine, self.addresses = engine, {}
+        def __init__(self, engine, strategy):
+            self.engine, self.addresses, self.listener = engine, {}, None
+            gpu.calls.append(f"context {strategy.name}")
+            # Without scratch of its own it must be given some before it runs.
+            self.scratch = None if strategy is strategies.USER_MANAGED else (0, engine.n_scratch)
+
+        def set_device_memory(self, memory, size):
+            assert memory % ALIGNMENT == 0
+            assert size >= self.engine.n_scratch
+            gpu.calls.append(f"scratch {memory} {size}")
+            self.scratch = (memory, size)
+
+        def set_debug_listener(self, listener):
+            assert isinstance(listener, IDebugListener)
+            self.listener = listener
+            return True
+
+        def set_all_tensors_debug_state(self, flag):
+            self.shows = flag
+            return True
 
         def set_tensor_address(self, name, address):
             assert name in self.engine.tensors, name
@@ -316,22 +384,32 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
                 return False
             missing = set(self.engine.tensors) - set(self.addresses)
             assert not missing, f"no address for {missing}"
+            assert self.scratch is not None, "no device memory was given"
             addresses = dict(self.addresses)
             # A kernel may read an input after another has written an output.
             assert len(set(addresses.values())) == len(addresses), "tensors share memory"
-            gpu.run(stream, lambda: self.engine.execute(addresses))
+            listener = self.listener if self.engine.debug else None
+            gpu.run(stream, lambda: self.engine.execute(addresses, listener, stream))
             return True
 
     class Engine:
         def __init__(self, facts):
             self.path, self.stage = facts["onnx"], facts["stage"]
+            self.debug = facts["debug"]
+            self.n_scratch = gpu.scratch_bytes[self.stage]
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = 1
-            self.session = ort.InferenceSession(
-                self.path, options, providers=["CPUExecutionProvider"]
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path",
+                str(Path(self.path).parent),
             )
+            model = onnx.load(self.path, load_external_data=False)
             graph = onnx.load(self.path, load_external_data=False).graph
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.debug)
+            self.session = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             self.tensors = {}
             for mode, values in (("INPUT", graph.input), ("OUTPUT", graph.output)):
                 for value in values:
@@ -359,20 +437,45 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
         def create_engine_inspector(self):
             return Inspector(self.path)
 
-        def create_execution_context(self):
-            return ExecutionContext(self)
+        @property
+        def device_memory_size_v2(self):
+            return self.n_scratch
 
-        def execute(self, addresses):
+        def create_execution_context(self, strategy=strategies.STATIC):
+            return ExecutionContext(self, strategy)
+
+        def execute(self, addresses, listener, stream):
             def at(name):
                 _, shape, kind = self.tensors[name]
                 return view(addresses[name], shape, _NUMPY[kind])
 
             feeds = {n: at(n) for n, t in self.tensors.items() if t[0].name == "INPUT"}
             outputs = [n for n, t in self.tensors.items() if t[0].name == "OUTPUT"]
-            for name, value in zip(outputs, self.session.run(outputs, feeds), strict=True):
+            named = [*outputs, *self.debug]
+            answers = self.run(named, feeds)
+            for name, value in zip(named, answers, strict=True):
                 if gpu.corrupt is not None:
                     value = gpu.corrupt(self.stage, name, value)
-                at(name)[...] = value
+                if name in outputs:
+                    at(name)[...] = value
+                elif listener is not None:
+                    self.show(listener, name, np.ascontiguousarray(value), stream)
+
+        def run(self, names, feeds):
+            return self.session.run(names, feeds)
+
+        @staticmethod
+        def show(listener, name, value, stream):
+            kind = next(k for k, dtype in _NUMPY.items() if value.dtype == dtype)
+            # As the bindings do: ints for addresses, and what comes back is ignored.
+            listener.process_debug_tensor(
+                value.ctypes.data,
+                trt.TensorLocation.DEVICE,
+                trt.DataType[kind],
+                value.shape,
+                name,
+                stream,
+            )
 
     class Runtime:
         def __init__(self, logger):
