@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import resource
+from collections.abc import Iterator
 from typing import Final
 
 _MCL_CURRENT: Final = 1
@@ -56,3 +58,21 @@ def make_realtime(*, priority: int, cpu: int | None, scheduler: bool = True) -> 
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE) != 0:
         warnings.append(f"memory is not locked ({os.strerror(ctypes.get_errno())})")
     return warnings
+
+
+@contextlib.contextmanager
+def ordinary_threads() -> Iterator[None]:
+    """Take back real-time scheduling that a library gives itself meanwhile.
+
+    SVT-AV1 makes the thread that opens an encoder, and all its own, SCHED_FIFO when it runs as
+    root; children would inherit that, and a motor loop beside them would come second.
+    """
+    own = os.sched_getscheduler(0), os.sched_getparam(0)
+    before = set(os.listdir("/proc/self/task"))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *own)
+        for thread in set(os.listdir("/proc/self/task")) - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.lerobot.stats import Stats, column_stats, merge_stats, numeric_stats
+from gwp_edge.realtime import ordinary_threads
 from gwp_edge.types import Float32Array, ImageArray
 
 _DATA_PATH: Final = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -137,6 +138,8 @@ class DatasetWriter:
         stream = container.add_stream(_CODEC, rate=self._fps, options=dict(self._codec_options))
         stream.height, stream.width = self._sizes[role]
         stream.pix_fmt = "yuv420p"
+        with ordinary_threads():
+            stream.codec_context.open()
         return container, stream
 
     def _encode(self, role: str, images: Iterator[ImageArray], n: int) -> dict[str, Any]:
