@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 RATE_HZ: Final = 200.0
 MAX_P99_RATIO: Final = 1.5
 MAX_DRIVER_US: Final = 150.0
+# The heartbeat alone would be seen after 50 ms; death is seen at once, and two frames are sent.
+MAX_KILL_TO_HOLD_MS: Final = 50.0
 _PRIORITY: Final = 80
 _BARE_LOOP: Final = r"""
 #define _GNU_SOURCE
@@ -151,6 +153,11 @@ class LoopReport:
             lines.append(
                 f"driver: p50 is {self.driver.tick_us[0]:.0f} us, "
                 f"at most {MAX_DRIVER_US:.0f} us is allowed"
+            )
+        if self.realtime and not self.kill_to_hold_ms.p99 <= MAX_KILL_TO_HOLD_MS:
+            lines.append(
+                f"kill to hold: p99 is {self.kill_to_hold_ms.p99:.1f} ms, "
+                f"at most {MAX_KILL_TO_HOLD_MS:.0f} ms is allowed"
             )
         return tuple(lines)
 

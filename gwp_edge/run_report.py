@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ class Findings:
     Attributes:
         checks: the preflight.
         faults: warnings and errors in order, repeats left out.
+        cameras: what each camera's driver said about itself at the end, by name.
         standing: how the arm is left.
         t_run_s: time of the first motion.
     """
@@ -38,6 +40,7 @@ class Findings:
     def __init__(self) -> None:
         self.checks: list[CheckResult] = []
         self.faults: list[str] = []
+        self.cameras: dict[str, str] = {}
         self.standing = ""
         self.t_run_s: float | None = None
         self._outcome = ""
@@ -79,6 +82,12 @@ class Findings:
         """Note a warning or an error."""
         if len(self.faults) < _MAX_FAULTS and (not self.faults or self.faults[-1] != text):
             self.faults.append(text)
+
+    def take_health(self, text: str) -> None:
+        """Keep a line that ``policy_process.report_health`` has said; others are passed over."""
+        found = re.fullmatch(r"camera (\S+): (.*)", text)
+        if found is not None:
+            self.cameras[found[1]] = found[2]
 
     def take_timings(self, records: npt.NDArray[Any]) -> None:
         """Keep chunk timings; a long run keeps the newest ones."""
@@ -142,6 +151,7 @@ def summarise(board: Board, spec: PolicySpec, findings: Findings) -> RunSummary:
         n_dropped_sends=words[Word.MOTOR_N_SEND_DROPPED],
         n_holds=words[Word.MOTOR_N_HOLDS],
         guardian_hold_ms=hold_ms,
+        cameras=dict(findings.cameras),
         checks=tuple(findings.checks),
         faults=tuple(findings.faults),
     )

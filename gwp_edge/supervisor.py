@@ -198,6 +198,8 @@ class Supervisor:
         for who, ring in self._board.events.items():
             for event in ring.drain():
                 events.append(event)
+                if who == "policy":
+                    self._findings.take_health(event.text)
                 if event.kind in (EventKind.CHECK_PASSED, EventKind.CHECK_FAILED):
                     name, _, detail = event.text.partition(": ")
                     passed = event.kind is EventKind.CHECK_PASSED

@@ -11,19 +11,24 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Time that each stage of one chunk took, ns; ``denoise_ns`` one entry per step."""
+    """Time that each stage of one chunk took, ns; ``denoise_ns`` one entry per step.
+
+    ``guide_ns`` is what it took to make the new chunk follow the old one; part of no other stage.
+    """
 
     preprocess_ns: int
     vision_ns: int
     prefill_ns: int
     denoise_ns: tuple[int, ...]
     postprocess_ns: int
+    guide_ns: int = 0
 
     @property
     def total_ns(self) -> int:
         """Sum of all stages, ns."""
         return (
             self.preprocess_ns
+            + self.guide_ns
             + self.vision_ns
             + self.prefill_ns
             + sum(self.denoise_ns)
@@ -105,6 +110,7 @@ class RunSummary:
         n_dropped_sends: commands that the bus had no room for.
         n_holds: times that a running arm went to hold.
         guardian_hold_ms: from the guardian's alarm to its hold command, None if it never acted.
+        cameras: what each camera's driver said about itself at the end, by name.
         checks: the preflight.
         faults: warnings and errors, in order.
     """
@@ -131,6 +137,7 @@ class RunSummary:
     n_dropped_sends: int = 0
     n_holds: int = 0
     guardian_hold_ms: float | None = None
+    cameras: dict[str, str] = field(default_factory=dict)
     checks: tuple[CheckResult, ...] = ()
     faults: tuple[str, ...] = ()
 

@@ -63,7 +63,7 @@ class SerialArm:
         return ArmState(
             position=position.copy(),
             velocity=np.full(len(position), np.nan),  # these servos do not measure it
-            t_received_ns=time.monotonic_ns(),
+            t_received_ns=time.monotonic_ns(),  # asked just now, and answered at once
             enabled=self._enabled,
         )
 

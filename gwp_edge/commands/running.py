@@ -217,5 +217,7 @@ def _say_summary(summary: RunSummary) -> None:
     }
     for channel, kinds in acted.items():
         say(f"limited {channel}: " + ", ".join(f"{kind} {n}" for kind, n in kinds.items()))
+    for name, health in summary.cameras.items():
+        say(f"camera {name}: {health}")
     for fault in summary.faults:
         remark(f"fault: {fault}")

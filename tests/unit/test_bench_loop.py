@@ -52,10 +52,11 @@ def report(**changes):
         state_us=(1.0,) * 4, bare_us=(1.0,) * 4, hold_us=(1.0,) * 4,
     )  # fmt: skip
     none = Distribution.of([])
+    changes.setdefault("kill_to_hold_ms", Distribution.of([10.0, 50.0]))
     values = {
         "duration_s": 1.0, "motor_late_us": none, "bare_late_us": none, "p99_ratio": 1.5,
         "bare_is_c": True, "realtime": True, "n_ticks": 1, "n_missed": 0, "busy_us": none,
-        "n_chunks": 1, "kill_to_hold_ms": none, "driver": cost,
+        "n_chunks": 1, "driver": cost,
     }  # fmt: skip
     return LoopReport(**{**values, **changes})
 
@@ -69,6 +70,10 @@ def test_budgets_are_judged_at_their_borders():
     assert "periods missed: 1" in line
     # Without SCHED_FIFO a busy machine may run others first.
     assert report(n_missed=1, realtime=False).misses == ()
+    late = Distribution.of([50.2])
+    (line,) = report(kill_to_hold_ms=late).misses
+    assert line.startswith("kill to hold: p99 is 50.2 ms")
+    assert report(kill_to_hold_ms=late, realtime=False).misses == ()
     slow = dataclasses.replace(report().driver, tick_us=(150.1, 151.0, 152.0, 153.0))
     (line,) = report(driver=slow).misses
     assert line.startswith("driver: p50 is 150 us")
