@@ -12,7 +12,6 @@ from gwp_edge.export.precision import PRECISIONS, QUANTIZED_FORMATS, Format
 # 10.11): it folds the dequantization of int8 weights into float ones when it builds.
 _NO_W8 = "TensorRT keeps weights alone quantized in int4 only and expands int8 ones"
 _NO_FP8 = "its tensor cores have no fp8 (SM89 and newer have)"
-_NO_W4 = "JetPack 6 has TensorRT 10.3, whose parser ends before blocked int4 (ONNX opset 21)"
 # Asked for by name, but no graph of ours carries it.
 _NVFP4 = (
     "is not written: its two-level block scales have no ONNX operator, only TensorRT's own; use "
@@ -31,7 +30,7 @@ class Target:
 
     Attributes:
         without: precisions that it cannot have, and why.
-        release: TensorRT that its graphs must be readable for; None where none will read them.
+        release: oldest TensorRT that its graphs must be readable for; None where none reads them.
         rest: what a quantized recipe leaves unquantized computes in. A strongly typed network
             computes in the types of its graph, so float32 would run without tensor cores.
     """
@@ -44,7 +43,8 @@ class Target:
 # Compute capability 8.7 (Orin) is Ampere; FP8 units came with 8.9 (Ada) and 9.0 (Hopper).
 TARGETS: Mapping[str, Target] = {
     "cpu": Target(release=None, rest="fp32"),
-    "orin": Target(without={"fp8": _NO_FP8, "w8": _NO_W8, "w4": _NO_W4}, release="10.3"),
+    # 10.3 of JetPack 6; JetPack 7.2 has 10.16, which reads everything that 10.3 does.
+    "orin": Target(without={"fp8": _NO_FP8, "w8": _NO_W8}, release="10.3"),
     "ampere": Target(without={"fp8": _NO_FP8, "w8": _NO_W8}),
     "ada": Target(without={"w8": _NO_W8}),
     "hopper": Target(without={"w8": _NO_W8}),

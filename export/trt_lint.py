@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto, external_data_helper, numpy_helper
 
 from gwp_edge.bundle import STAGES, Bundle
 from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.export.trt_lint_graph import FLOATS, LintGraph, Problems, Severity
+from gwp_edge.export.trt_lint_qdq import PRODUCTS, product_rules, quantization_rules
 
-Severity = Literal["error", "note"]
-RELEASES: Final = ("10.3", "10.13")
+RELEASES: Final = ("10.3", "10.13", "10.16")
 # A protobuf message cannot exceed this; weights are external, so that it never comes near.
 MAX_PROTO_BYTES: Final = 2_000_000_000
-
-_TYPES: Final[dict[int, str]] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "uint8",
-    TensorProto.INT4: "int4",
-    TensorProto.FLOAT8E4M3FN: "fp8",
-    TensorProto.INT32: "int32",
-    TensorProto.INT64: "int64",
-    TensorProto.BOOL: "bool",
-}
-_FLOATS: Final = frozenset({"fp32", "fp16", "bf16"})
-# Operators between a DequantizeLinear and the product that consumes it would break the fusion.
-_PRODUCTS: Final = frozenset({"MatMul", "Conv"})
-_INT4_BLOCKS: Final = (64, 128)
+# The first with int4 and with blocks of scales.
+_INT4_OPSET: Final = 21
 
 
 class Release(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +51,7 @@ class Support(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The table."""
 
     releases: dict[str, Release]
+    decisions: dict[str, str]
     operators: dict[str, Operator]
 
 
@@ -94,47 +79,6 @@ def support_table() -> Support:
     return msgspec.convert(tomllib.loads(text), Support)
 
 
-class _Graph:
-    """One loaded model and what is needed to judge a node."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = path.name
-        self.model = onnx.load(str(path), load_external_data=False)
-        graph = self.model.graph
-        self.initializers = {x.name: x for x in graph.initializer}
-        self.producers = {out: node for node in graph.node for out in node.output}
-        self.types: dict[str, str] = {}
-        self.shapes: dict[str, list[int] | None] = {}
-        for value in (*graph.input, *graph.output, *graph.value_info):
-            tensor = value.type.tensor_type
-            self.types[value.name] = _type_name(tensor.elem_type)
-            sides = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim]
-            self.shapes[value.name] = sides
-        for name, tensor in self.initializers.items():
-            self.types[name] = _type_name(tensor.data_type)
-            self.shapes[name] = list(tensor.dims)
-        self.consumers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.consumers.setdefault(name, []).append(node)
-
-    @property
-    def opset(self) -> int:
-        return max(int(x.version) for x in self.model.opset_import if x.domain in ("", "ai.onnx"))
-
-    def values(self, name: str) -> np.ndarray | None:
-        """Return a small initializer's values; None where they are in the weight file."""
-        tensor = self.initializers.get(name)
-        if tensor is None or external_data_helper.uses_external_data(tensor):
-            return None
-        return numpy_helper.to_array(tensor)
-
-
-def _type_name(elem_type: int) -> str:
-    return _TYPES.get(elem_type, f"type {elem_type}")
-
-
 def lint_file(path: Path, releases: Iterable[str] = RELEASES) -> tuple[Finding, ...]:
     """Check one ONNX file against the given TensorRT releases.
 
@@ -146,7 +90,7 @@ def lint_file(path: Path, releases: Iterable[str] = RELEASES) -> tuple[Finding, 
     if unknown:
         raise SpecError(f"TensorRT {unknown[0]} is not in the table: {', '.join(table.releases)}")
     try:
-        graph = _Graph(path)
+        graph = LintGraph(path)
     except (OSError, ValueError, DecodeError) as e:
         raise SpecError(f"{path}: cannot be read as ONNX: {e}") from e
     findings: list[Finding] = []
@@ -163,15 +107,18 @@ def lint_file(path: Path, releases: Iterable[str] = RELEASES) -> tuple[Finding, 
 
 
 def _file_rules(
-    graph: _Graph, table: Support, releases: Iterable[str]
+    graph: LintGraph, table: Support, releases: Iterable[str]
 ) -> Iterator[tuple[Severity, str, str]]:
     for release in releases:
         limits = table.releases[release]
         if not limits.min_opset <= graph.opset <= limits.max_opset:
+            # int4 came to the parser before the opset of it did; no refusal is known.
+            early = graph.opset == _INT4_OPSET and "int4" in graph.types.values()
             yield (
-                "error",
+                "note" if early else "error",
                 "opset",
-                f"{graph.opset}, TensorRT {release} reads {limits.min_opset} to {limits.max_opset}",
+                f"{graph.opset}, TensorRT {release} is documented to read {limits.min_opset} to "
+                f"{limits.max_opset}",
             )
     for imported in graph.model.opset_import:
         if imported.domain not in ("", "ai.onnx"):
@@ -186,13 +133,11 @@ def _file_rules(
             continue
         if sides is None or not sides or min(sides) <= 0:
             yield "error", value.name, f"shape {sides} is not static"
-        if graph.types[value.name] not in (*_FLOATS, "uint8"):
+        if graph.types[value.name] not in (*FLOATS, "uint8"):
             yield "error", value.name, f"{graph.types[value.name]} crosses the graph's border"
 
 
-def _node_rules(
-    graph: _Graph, node: onnx.NodeProto, table: Support
-) -> Iterator[tuple[Severity, str]]:
+def _node_rules(graph: LintGraph, node: onnx.NodeProto, table: Support) -> Problems:
     rule = table.operators.get(node.op_type)
     if rule is None:
         yield "error", f"operator {node.op_type} is not in the support table"
@@ -209,14 +154,12 @@ def _node_rules(
     if rule.outputs and len([x for x in node.output if x]) > rule.outputs:
         yield "error", f"{node.op_type}: only {rule.outputs} output is supported"
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-        yield from _quantization_rules(graph, node)
-    if node.op_type in _PRODUCTS:
-        yield from _product_rules(graph, node)
+        yield from quantization_rules(graph, node)
+    if node.op_type in PRODUCTS:
+        yield from product_rules(graph, node)
 
 
-def _type_rules(
-    graph: _Graph, node: onnx.NodeProto, rule: Operator
-) -> Iterator[tuple[Severity, str]]:
+def _type_rules(graph: LintGraph, node: onnx.NodeProto, rule: Operator) -> Problems:
     found = graph.types.get(node.input[0])
     if found is None:
         yield "error", f"{node.input[0]} has no type; run shape inference when exporting"
@@ -236,80 +179,6 @@ def _type_rules(
             yield "error", f"{name}: shape {sides} is not static"
         if graph.types.get(name) == "int64":
             yield "error", f"{name} is computed in int64"
-
-
-def _attributes(node: onnx.NodeProto) -> Mapping[str, int]:
-    return {a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}
-
-
-def _quantization_rules(graph: _Graph, node: onnx.NodeProto) -> Iterator[tuple[Severity, str]]:
-    attributes = _attributes(node)
-    shape = graph.shapes.get(node.input[0]) or []
-    scales = graph.shapes.get(node.input[1]) or []
-    n_scales = int(np.prod(scales)) if scales else 1
-    weight = node.input[0] in graph.initializers
-    if graph.types.get(node.input[1]) not in _FLOATS:
-        yield "error", "the scale must be a float"
-    if len(node.input) > 2 and node.input[2]:
-        yield from _zero_point_rules(graph, node.input[2], n_scales)
-    if not weight and n_scales != 1:
-        yield "error", "activations take one scale for the whole tensor"
-    axis = attributes.get("axis", 1)
-    if n_scales != 1 and len(scales) == 1 and shape and shape[axis] != n_scales:
-        yield "error", f"{n_scales} scales on axis {axis} of size {shape[axis]}"
-    known = graph.values(node.input[1])
-    if known is not None and not (np.isfinite(known).all() and (known > 0).all()):
-        yield "error", "scales must be positive and finite"
-    if node.op_type == "QuantizeLinear":
-        if len(node.input) < 3 or not node.input[2]:
-            yield "error", "without a zero point ONNX means uint8; give one of the wanted type"
-        users = graph.consumers.get(node.output[0], [])
-        if not users or any(u.op_type != "DequantizeLinear" for u in users):
-            yield "error", "must be followed by DequantizeLinear and nothing else"
-        if weight:
-            yield "error", "weights are stored quantized; QuantizeLinear on one is not wanted"
-        return
-    source = graph.producers.get(node.input[0])
-    if source is not None and source.op_type != "QuantizeLinear":
-        yield "error", f"dequantizes the result of {source.op_type}, not of QuantizeLinear"
-    if graph.types.get(node.input[0]) == "int4":
-        block = attributes.get("block_size", 0)
-        if block not in _INT4_BLOCKS:
-            yield "note", f"int4 blocks of {block}: fast kernels are known for 64 and 128"
-
-
-def _zero_point_rules(graph: _Graph, name: str, n_scales: int) -> Iterator[tuple[Severity, str]]:
-    if graph.types.get(name) == "uint8":
-        yield "error", "a uint8 zero point is read as int8, which changes the result"
-    values = graph.values(name)
-    if values is None:
-        yield "error", "the zero point must be a small constant in the graph"
-        return
-    if np.asarray(values, np.float32).any():
-        yield "error", "the zero point must be 0: TensorRT quantizes symmetrically"
-    if values.size != n_scales:
-        yield "error", f"{values.size} zero points for {n_scales} scales"
-
-
-def _product_rules(graph: _Graph, node: onnx.NodeProto) -> Iterator[tuple[Severity, str]]:
-    """Both operands of a quantized product come straight from DequantizeLinear."""
-    sources = [graph.producers.get(name) for name in node.input[:2]]
-    quantized = [s for s in sources if s is not None and s.op_type == "DequantizeLinear"]
-    if not quantized:
-        if all(graph.types.get(name) == "fp32" for name in node.input[:2]):
-            yield "note", f"{node.op_type} in fp32: TF32 at best; 16 bits would be faster"
-        return
-    codes = [graph.types.get(s.input[0]) for s in quantized]
-    if len(quantized) == 2:
-        if codes[0] != codes[1]:
-            yield "error", f"{node.op_type} of {codes[0]} and {codes[1]} has no kernel"
-        return
-    if codes[0] == "int4":
-        other = graph.types.get(node.input[0])
-        if other not in ("fp16", "bf16"):
-            yield "note", f"int4 weights with {other} inputs: the fused kernels take 16-bit inputs"
-    else:
-        yield "note", f"{codes[0]} weights without a quantized input are expanded when building"
 
 
 def lint_bundle(bundle: Bundle, releases: Iterable[str] = RELEASES) -> tuple[Finding, ...]:

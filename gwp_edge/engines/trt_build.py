@@ -70,7 +70,7 @@ def check_buildable(
         BuildError: format, version or memory; says what to do.
     """
     manifest = bundle.manifest
-    check_tensorrt(manifest, facts.tensorrt)
+    check_tensorrt(facts.tensorrt)
     check_capability(manifest, facts.capability, facts.name)
     plan = memory_plan(manifest, workspace_bytes=options.workspace_bytes)
     check_free(

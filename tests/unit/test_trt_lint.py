@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
+import msgspec  # noqa: E402
 import onnx_ir as ir  # noqa: E402
 from onnx import TensorProto as T  # noqa: E402
 from onnx import helper, numpy_helper  # noqa: E402
@@ -49,11 +50,15 @@ def test_lint_graphs_of_every_precision_are_clean_for_jetpack_6_and_7(tmp_path, 
     assert errors(lint_recorded(tmp_path, size=size, precision=precision)) == []
 
 
-def test_lint_int4_needs_a_newer_parser_than_jetpack_6_has(tmp_path):
-    """Blocked DequantizeLinear is opset 21; the parser of 10.3 ends at 20."""
-    old = errors(lint_recorded(tmp_path, ("10.3",), size="gwp05-tiny", precision="w4"))
-    assert {x.split(": ")[-1] for x in old} == {"21, TensorRT 10.3 reads 9 to 20"}
-    assert errors(lint_recorded(tmp_path, ("10.13",), size="gwp05-tiny", precision="w4")) == []
+def test_lint_int4_above_the_documented_opset_is_noted_for_jetpack_6(tmp_path):
+    """Blocked DequantizeLinear is opset 21; 10.3's parser took INT4 and documents opset 20."""
+    old = lint_recorded(tmp_path, ("10.3",), size="gwp05-tiny", precision="w4")
+    assert errors(old) == []
+    noted = {x.problem for x in old if x.node == "opset"}
+    assert noted == {"21, TensorRT 10.3 is documented to read 9 to 20"}
+    new = lint_recorded(tmp_path, ("10.13", "10.16"), size="gwp05-tiny", precision="w4")
+    assert errors(new) == []
+    assert not any(x.node == "opset" for x in new)
 
 
 def test_lint_weight_only_int8_is_called_what_it_is(tmp_path):
@@ -184,7 +189,7 @@ def test_lint_axes_that_are_computed_are_an_error(tmp_path):
 
 def test_lint_foreign_domain_and_old_or_new_opsets_are_errors(tmp_path):
     path = save(tmp_path / "a.onnx", [node("Sqrt", ["x"], ["y"])], opset=24, domain="ai.other")
-    assert "24, TensorRT 10.3 reads 9 to 20" in problems(path)
+    assert "24, TensorRT 10.3 is documented to read 9 to 20" in problems(path)
     assert "domain ai.other" in problems(path)
 
 
@@ -231,6 +236,91 @@ def test_lint_quantization_rule_catches_its_fault(tmp_path, change, problem):
     assert problem in problems(qdq(tmp_path, **change))
 
 
+def placed(folder, product, *, weight_shape=(8, 8), axis=1, out=(4, 8), after=(), inputs=None):
+    """Save Q/DQ around ``product``, a node that reads d (the input) and w (the weight)."""
+    scales = np.full(weight_shape[axis], 0.1, np.float32)
+    shape = (4, 8) if inputs is None else inputs
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        node("DequantizeLinear", ["wq", "ws"], ["w"], axis=axis),
+        product,
+        *after,
+    ]
+    return save(
+        folder / "a.onnx",
+        nodes,
+        [
+            ("s", np.array(0.1, np.float32)),
+            ("z", np.zeros((), np.int8)),
+            ("wq", np.ones(weight_shape, np.int8)),
+            ("ws", scales),
+        ],
+        inputs=(("x", T.FLOAT, shape),),
+        out=out,
+        values=[
+            ("q", T.INT8, shape),
+            ("d", T.FLOAT, shape),
+            ("w", T.FLOAT, weight_shape),
+            ("t", T.FLOAT, weight_shape[::-1]),
+        ],
+    )
+
+
+def test_lint_residual_sum_of_dequantized_values_is_an_error(tmp_path):
+    path = placed(tmp_path, node("Add", ["d", "w"], ["y"]), weight_shape=(4, 8))
+    assert "feeds Add: sums stay high" in problems(path)
+
+
+@pytest.mark.parametrize("op", ["Gelu", "Softmax", "Transpose"])
+def test_lint_dequantized_value_that_feeds_no_product_is_an_error(tmp_path, op):
+    path = placed(tmp_path, node(op, ["d"], ["y"]))
+    assert f"feeds {op}: it would be computed in floats" in problems(path)
+
+
+def test_lint_weight_that_is_turned_after_dequantizing_is_an_error(tmp_path):
+    path = placed(
+        tmp_path,
+        node("Transpose", ["w"], ["t"], perm=[1, 0]),
+        weight_shape=(6, 8),
+        axis=0,
+        out=(4, 6),
+        after=[node("MatMul", ["d", "t"], ["y"])],
+    )
+    assert "feeds Transpose: it would be computed in floats" in problems(path)
+
+
+@pytest.mark.parametrize(
+    ("product", "axis", "good"),
+    [
+        (node("MatMul", ["d", "w"], ["y"]), 1, True),
+        (node("MatMul", ["d", "w"], ["y"]), 0, False),
+        (node("MatMul", ["w", "d"], ["y"]), 0, True),
+        (node("MatMul", ["w", "d"], ["y"]), 1, False),
+    ],
+)
+def test_lint_scales_of_a_matmul_weight_run_along_its_outputs(tmp_path, product, axis, good):
+    path = placed(tmp_path, product, axis=axis, inputs=(8, 8), out=(8, 8))
+    found = problems(path)
+    assert ("which is summed over" in found) != good
+    assert not good or found == ""
+
+
+@pytest.mark.parametrize(("axis", "good"), [(0, True), (1, False)])
+def test_lint_scales_of_a_convolution_weight_run_along_its_outputs(tmp_path, axis, good):
+    path = placed(
+        tmp_path,
+        node("Conv", ["d", "w"], ["y"], kernel_shape=[1, 1]),
+        weight_shape=(6, 8, 1, 1),
+        axis=axis,
+        inputs=(1, 8, 4, 4),
+        out=(1, 6, 4, 4),
+    )
+    found = problems(path)
+    assert ("axis 0 has the outputs" in found) != good
+    assert not good or found == ""
+
+
 def test_lint_quantize_without_zero_point_means_uint8_and_is_an_error(tmp_path):
     path = save(
         tmp_path / "a.onnx",
@@ -256,7 +346,7 @@ def test_require_clean_names_the_first_error(exported, tmp_path, monkeypatch):
 
     table = module.support_table()
     fewer = {k: v for k, v in table.operators.items() if k != "Softmax"}
-    changed = module.Support(table.releases, fewer)
+    changed = msgspec.structs.replace(table, operators=fewer)
     monkeypatch.setattr(module, "support_table", lambda: changed)
     with pytest.raises(BuildError, match="Softmax is not in the support table"):
         require_clean(Bundle.open(exported("gwp05", precision="bf16")))
