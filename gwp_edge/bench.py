@@ -255,9 +255,10 @@ def _columns(every: list[dict[Stage, list[int]]], t_ns: list[int], warmup: int) 
     return Chunks(
         t_s=[round((t - t_ns[0]) / 1e9, 4) for t in t_ns],
         phase=phases,
+        run=[0] * len(every),
         segments_ms={stage: [sum(laps[stage]) / 1e6 for laps in every] for stage in STAGES},
         steps_ms=[[step / 1e6 for step in laps["denoise"]] for laps in every],
-        transport_ms=none,
+        cpu_ms=none,
         frame_to_chunk_ms=none,
         frame_to_command_ms=none,
         interval_ms=none,

@@ -72,12 +72,23 @@ def _say_devices(report: ProfileReport) -> None:
             "irregular" if camera.period_ms is None else f"{camera.period_ms:.2f}",
             f"{camera.n_used} of {camera.n_made}",
             f"{camera.n_missing} of {camera.n_expected}",
+            camera.n_late,
+            "asked" if camera.transport_ms is None else _short(camera.transport_ms.p99),
             camera.health or "-",
         )
         for camera in report.cameras
     ]
     if rows:
-        head = ("camera", "clock", "period ms", "used", "missing when due", "its driver says")
+        head = (
+            "camera",
+            "clock",
+            "period ms",
+            "used",
+            "never came",
+            "late",
+            "transport p99",
+            "its driver says",
+        )
         say_table("cameras, steady", head, rows)
     for bus in report.system.buses if report.system is not None else ():
         counts = ", ".join(f"{counter} {n}" for counter, n in bus.counts.items())

@@ -9,7 +9,7 @@ import numpy as np
 from gwp_edge.bundle import Manifest
 from gwp_edge.machine_limits import Limits
 from gwp_edge.profiling import verdicts
-from gwp_edge.profiling.cameras import camera_reports
+from gwp_edge.profiling.cameras import camera_reports, transports
 from gwp_edge.profiling.chunks import (
     chunk_columns,
     chunk_table,
@@ -23,14 +23,14 @@ from gwp_edge.profiling.roofline import roofline
 from gwp_edge.profiling.schema import (
     SCHEMA,
     SCHEMA_VERSION,
-    BusReport,
     CameraReport,
     Cost,
     ProfileReport,
     Roofline,
-    SystemReport,
+    Summary,
 )
-from gwp_edge.profiling.system_sampler import CAN_COUNTERS, SystemSamples
+from gwp_edge.profiling.system_report import system_report
+from gwp_edge.profiling.tail import tail
 from gwp_edge.spec import PolicySpec
 
 
@@ -43,7 +43,6 @@ def build_report(
     manifest: Manifest | None = None,
     limits: Limits | None = None,
     why_no_limits: str | None = None,
-    every_frame: bool = True,
     outcome: str = "done",
     n_holds: int = 0,
     faults: Sequence[str] = (),
@@ -59,7 +58,6 @@ def build_report(
         manifest: of the bundle, for the roofline.
         limits: of the machine, likewise.
         why_no_limits: said where there are none.
-        every_frame: see ``chunks.camera_reports``.
         outcome: how the runs ended.
         n_holds: how often a running arm went to hold.
         faults: what went wrong.
@@ -75,10 +73,12 @@ def build_report(
     motor = None
     if context.motor_hz is not None:
         motor = motor_report(raws, spec, motor_hz=context.motor_hz, warmup_s=warmup_s)
-    found_cameras = _cameras(raws, cameras, warmup_s=warmup_s, every_frame=every_frame)
-    system = _system(raws)
-    plan, tail = verdicts.budget(steady, spec), verdicts.tail(steady)
+    found_cameras = _cameras(raws, cameras, warmup_s=warmup_s)
+    system = system_report(raws, warmup_s=warmup_s)
+    plan, slowest = verdicts.budget(steady, spec), tail(steady)
+    plan_ms = (spec.n_rows - 1) * spec.period_ns / 1e6
     usual = phases.get("steady", {}).get("predict")
+    cost = _cost(raws, cost_us, usual.p50 if usual is not None else None)
     failures = tuple(raw.failure for raw in raws if raw.failure is not None)
     return ProfileReport(
         schema=SCHEMA,
@@ -90,34 +90,35 @@ def build_report(
         motor=motor,
         cameras=found_cameras,
         budget=plan,
-        tail=tail,
+        tail=slowest,
         verdicts=verdicts.verdicts(
             plan=plan,
-            tail_report=tail,
+            tail_report=slowest,
+            execution=context.execution,
+            # There a plan begins when it is adopted.
+            standing=Summary.of(np.maximum(steady.interval - plan_ms, 0.0)),
             motor=motor,
             cameras=found_cameras,
             steady=phases.get("steady", {}),
             cold=phases.get("cold", {}),
             roofline=line,
             system=system,
+            cost=cost,
             n_holds=n_holds,
         ),
         roofline=line,
         system=system,
-        cost=_cost(raws, cost_us, usual.p50 if usual is not None else None),
+        cost=cost,
         faults=(*faults, *failures),
     )
 
 
 def _cameras(
-    raws: list[Raw],
-    names: tuple[str, ...],
-    *,
-    warmup_s: float,
-    every_frame: bool,
+    raws: list[Raw], names: tuple[str, ...], *, warmup_s: float
 ) -> tuple[CameraReport, ...]:
-    """Return one report per camera; counts add up over the runs, the rest is the last run's."""
-    runs = [camera_reports(raw, names, warmup_s=warmup_s, every_frame=every_frame) for raw in raws]
+    """Return one report per camera; counts add up over the runs, times are those of all."""
+    runs = [camera_reports(raw, names, warmup_s=warmup_s) for raw in raws]
+    pooled = transports(raws, names, warmup_s=warmup_s)
     return tuple(
         CameraReport(
             name=of_camera[-1].name,
@@ -125,46 +126,20 @@ def _cameras(
             n_made=sum(c.n_made for c in of_camera),
             n_used=sum(c.n_used for c in of_camera),
             health=raws[-1].health.get(of_camera[-1].name),
-            period_ms=of_camera[-1].period_ms,
+            period_ms=_median([c.period_ms for c in of_camera]),
             n_expected=sum(c.n_expected for c in of_camera),
             n_missing=sum(c.n_missing for c in of_camera),
-            transport_ms=of_camera[-1].transport_ms,
+            n_late=sum(c.n_late for c in of_camera),
+            transport_ms=pooled[of_camera[-1].name],
         )
         for of_camera in zip(*runs, strict=True)
     )
 
 
-def _system(raws: list[Raw]) -> SystemReport | None:
-    samples = [raw.system for raw in raws if raw.system is not None and raw.system.t_ns]
-    if not samples:
-        return None
-    t0_ns = first_ns(raws[0])
-    rows = [row for s in samples for row in s.rows]
-    names = sorted({name for row in rows for name in row})
-    columns = {
-        name: [round(row[name], 3) if name in row else None for row in rows] for name in names
-    }
-    return SystemReport(
-        t_s=[round((t - t0_ns) / 1e9, 3) for s in samples for t in s.t_ns],
-        columns=columns,
-        peaks={n: max(v for v in values if v is not None) for n, values in columns.items()},
-        throttled=tuple(dict.fromkeys(part for s in samples for part in s.throttled)),
-        buses=_buses(samples),
-        source=samples[-1].sources,
-    )
-
-
-def _buses(samples: Sequence[SystemSamples]) -> tuple[BusReport, ...]:
-    """Return how much every counter of every bus grew, runs added up."""
-    grown: dict[str, dict[str, int]] = {}
-    for run in samples:
-        first, last = run.rows[0], run.rows[-1]
-        for key in last:
-            name, _, counter = key.partition("_")
-            if counter in CAN_COUNTERS and key in first:
-                counts = grown.setdefault(name, {})
-                counts[counter] = counts.get(counter, 0) + int(last[key] - first[key])
-    return tuple(BusReport(name=name, counts=counts) for name, counts in grown.items())
+def _median(values: list[float | None]) -> float | None:
+    """Return the median of the runs' values, None where one of them has none."""
+    known = [v for v in values if v is not None]
+    return float(np.median(known)) if known and len(known) == len(values) else None
 
 
 def _cost(raws: list[Raw], cost_us: tuple[float, float], chunk_p50_ms: float | None) -> Cost:
@@ -174,6 +149,7 @@ def _cost(raws: list[Raw], cost_us: tuple[float, float], chunk_p50_ms: float | N
         listener_percent=100 * sum(raw.listener_s for raw in raws) / wall_s,
         sampler_percent=100 * sum(raw.sampler_s for raw in raws) / wall_s,
         view_percent=100 * sum(raw.view_s for raw in raws) / wall_s,
+        helper_percent=100 * sum(raw.helper_s for raw in raws) / wall_s,
         stamp_us=cost_us[0],
         stamp_percent=cost_us[0] / (10 * chunk_p50_ms) if chunk_p50_ms else None,
         tick_us=cost_us[1],

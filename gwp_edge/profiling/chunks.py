@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.profiling.columns import GROUPS, SEGMENTS, Chunks, Phase
+from gwp_edge.profiling.columns import PREDICTION, SEGMENTS, Chunks, Phase
 from gwp_edge.profiling.raw import Raw, Records
 from gwp_edge.profiling.schema import Summary
 from gwp_edge.profiling.stamps import MAX_STEPS
@@ -21,7 +21,9 @@ COLD, WARM, STEADY = range(3)
 MOVING: Final = (Mode.APPROACH, Mode.RUN)
 _MAX_CHUNKS_KEPT: Final = 4000
 _N_EXTREME: Final = 40
-_STAGES: Final = ("preprocess", "vision", "prefill", "denoise", "postprocess")
+_STAGES: Final = tuple(name for name in PREDICTION if name != "unaccounted")
+# One that pushes can look as if it were asked only in the moment of the look itself.
+_ASKED_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class ChunkTable:
         run: which repetition.
         segments: (n, len(SEGMENTS)).
         steps: (n, MAX_STEPS), NaN beyond the last.
-        transport: capture to received, oldest frame.
+        cpu: processor time of the prediction, all threads of its process.
         predict: from the complete observation to the prediction.
         frame_to_chunk: capture to published.
         frame_to_command: capture to first command sent.
@@ -51,7 +53,7 @@ class ChunkTable:
     run: npt.NDArray[np.int64]
     segments: FloatArray
     steps: FloatArray
-    transport: FloatArray
+    cpu: FloatArray
     predict: FloatArray
     frame_to_chunk: FloatArray
     frame_to_command: FloatArray
@@ -127,7 +129,7 @@ def chunk_table(raw: Raw, spec: PolicySpec, *, warmup_s: float, run: int = 0) ->
         )
     segments = np.column_stack(
         [
-            _ms(stamps["t_started_ns"] - stamps["t_observed_ns"]),
+            *_before_start(stamps),
             _ms(stamps["t_built_ns"] - stamps["t_started_ns"]),
             predict - stages.sum(axis=1),
             stages,
@@ -138,11 +140,11 @@ def chunk_table(raw: Raw, spec: PolicySpec, *, warmup_s: float, run: int = 0) ->
         ]
     )
     frame_to_chunk = _ms(stamps["t_published_ns"] - stamps["t_observed_ns"])
-    transport = _transport(stamps)
-    if not len(raw.ticks):  # the engine alone: its pictures are noise and were never captured
-        engine = np.array([GROUPS[name] == "engine" for name in SEGMENTS])
-        segments[:, ~engine] = np.nan
-        frame_to_chunk, transport = np.full(n, np.nan), np.full(n, np.nan)
+    # Of the engine alone, and of the golden run, no picture was ever captured.
+    uncaptured = (stamps["n_cameras"] == 0) | (not len(raw.ticks))
+    around = np.array([name not in PREDICTION for name in SEGMENTS])
+    segments[np.ix_(uncaptured, around)] = np.nan
+    frame_to_chunk[uncaptured] = np.nan
     phase = np.full(n, WARM)
     phase[(stamps["chunk_idx"] >= 0) & (stamps["t_started_ns"] >= begin_ns)] = STEADY
     phase[stamps["chunk_idx"] == -1] = COLD
@@ -153,7 +155,7 @@ def chunk_table(raw: Raw, spec: PolicySpec, *, warmup_s: float, run: int = 0) ->
         run=np.full(n, run),
         segments=segments,
         steps=steps,
-        transport=transport,
+        cpu=np.where(stamps["cpu_ns"] > 0, _ms(stamps["cpu_ns"]), np.nan),
         predict=predict,
         frame_to_chunk=frame_to_chunk,
         frame_to_command=_since(sent_ns, stamps["t_observed_ns"]),
@@ -181,14 +183,29 @@ def _steps(stamps: Records) -> FloatArray:
     return steps
 
 
-def _transport(stamps: Records) -> FloatArray:
-    """Return capture to received of the oldest frame, ms."""
+def asked_cameras(stamps: Records) -> npt.NDArray[np.bool_]:
+    """Return which cameras have a frame when they are asked for it, and no time of arrival.
+
+    Such a frame is received after the look has begun; one that was pushed lay there before.
+    """
     used = np.arange(stamps["t_captured_ns"].shape[1]) < stamps["n_cameras"][:, None]
-    captured = np.where(used, stamps["t_captured_ns"], np.iinfo(np.int64).max)
-    oldest = captured.argmin(axis=1)[:, None]
-    received = np.take_along_axis(stamps["t_received_ns"], oldest, axis=1)[:, 0]
-    took = _ms(received - np.take_along_axis(captured, oldest, axis=1)[:, 0])
-    return np.where(stamps["n_cameras"] > 0, took, np.nan)
+    after = used & (stamps["t_received_ns"] > stamps["t_started_ns"][:, None])
+    asked: npt.NDArray[np.bool_] = after.sum(axis=0) > _ASKED_SHARE * used.sum(axis=0)
+    return asked
+
+
+def _before_start(stamps: Records) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return frame age, transport and frame wait, ms: either the first or both of the others.
+
+    A set of frames is there once the last of them is received; from then on it waits for the loop.
+    """
+    age = _ms(stamps["t_started_ns"] - stamps["t_observed_ns"])
+    used = np.arange(stamps["t_captured_ns"].shape[1]) < stamps["n_cameras"][:, None]
+    received_ns = np.where(used, stamps["t_received_ns"], 0).max(axis=1)
+    there_ns = np.clip(received_ns, stamps["t_observed_ns"], stamps["t_started_ns"])
+    pushed = ~(used & asked_cameras(stamps[stamps["chunk_idx"] >= 0])).any(axis=1)
+    transport = np.where(pushed, _ms(there_ns - stamps["t_observed_ns"]), np.nan)
+    return np.where(pushed, np.nan, age), transport, age - transport
 
 
 def _first_ticks(
@@ -237,8 +254,8 @@ def phase_summaries(table: ChunkTable) -> dict[Phase, dict[str, Summary]]:
         columns = {segment: part.segment(segment) for segment in SEGMENTS}
         columns |= {
             "denoise step": part.steps,
-            "transport": part.transport,
             "predict": part.predict,
+            "processor time of predict": part.cpu,
             "frame to chunk": part.frame_to_chunk,
             "frame to command": part.frame_to_command,
             "plan age at adoption": part.age,
@@ -265,9 +282,10 @@ def chunk_columns(table: ChunkTable, t0_ns: int) -> Chunks:
     return Chunks(
         t_s=[round(float(t - t0_ns) / 1e9, 4) for t in part.t_ns],
         phase=[PHASES[p] for p in part.phase],
+        run=[int(r) for r in part.run],
         segments_ms={name: column(part.segment(name)) for name in SEGMENTS},
         steps_ms=[[round(float(v), 4) for v in row[~np.isnan(row)]] for row in part.steps],
-        transport_ms=column(part.transport),
+        cpu_ms=column(part.cpu),
         frame_to_chunk_ms=column(part.frame_to_chunk),
         frame_to_command_ms=column(part.frame_to_command),
         interval_ms=column(part.interval),

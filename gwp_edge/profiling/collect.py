@@ -7,6 +7,7 @@ reads: no loop of the robot waits for it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 import time
@@ -44,6 +45,7 @@ class Listener:
     Args:
         spec: of the policy.
         sampler: of the system, or None for none.
+        foreign: children of this process that are to count as other programs.
         feed: sums up for a live view.
         on_live: called from the listening thread, twice a second, with the figures so far.
     """
@@ -53,11 +55,14 @@ class Listener:
         spec: PolicySpec,
         sampler: SystemSampler | None,
         *,
+        foreign: Sequence[int] = (),
         feed: LiveFeed | None = None,
         on_live: LiveCallback | None = None,
     ) -> None:
         self._spec = spec
         self._sampler = sampler
+        if sampler is not None:
+            sampler.foreign = frozenset(foreign)
         self._feed = feed or LiveFeed()
         self._on_live = on_live
         self.view_s = 0.0
@@ -88,6 +93,7 @@ class Listener:
                 "motor": status.motor_pid,
                 "policy": status.policy_pid,
                 "guardian": status.guardian_pid,
+                "supervisor": os.getpid(),
             }
 
     def end(self) -> None:
@@ -112,6 +118,7 @@ class Listener:
             n_lost=self._n_lost,
             listener_s=self._listener_s,
             sampler_s=self._sampler_s,
+            helper_s=self._sampler.helper_s if self._sampler is not None else 0.0,
             wall_s=self._wall_s,
             view_s=self.view_s,
             failure=self._failure,
@@ -212,9 +219,10 @@ def collect_engine(
             break
         t_started_ns = time.monotonic_ns()
         observation = random_observation(policy.spec, rng, len(rows))
-        t_built_ns = time.monotonic_ns()
+        t_built_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns()
         policy.predict(observation)
         t_predicted_ns = time.monotonic_ns()
+        cpu_ns = time.process_time_ns() - cpu_ns
         rows.append(
             stamp_record(
                 len(rows) - 1,
@@ -224,6 +232,7 @@ def collect_engine(
                 t_built_ns=t_built_ns,
                 t_predicted_ns=t_predicted_ns,
                 t_published_ns=t_predicted_ns,
+                cpu_ns=cpu_ns,
             )
         )
         if sampler is not None:
@@ -246,6 +255,7 @@ def collect_engine(
         system=sampler.samples() if sampler is not None else None,
         listener_s=cpu_sampler_s,
         sampler_s=cpu_sampler_s,
+        helper_s=sampler.helper_s if sampler is not None else 0.0,
         wall_s=wall_s,
         view_s=view_s,
     )

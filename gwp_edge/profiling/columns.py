@@ -10,11 +10,18 @@ Phase = Literal["cold", "warm", "steady"]
 
 # One chunk from the capture of its oldest frame to the first command of it, in order and without
 # gaps: the sum is "frame to command".
+#
+# A camera that pushes says when a frame was received, so its "transport" and the "frame wait" of
+# the loop are told apart. One that is asked has the frame when it is asked and not before: its
+# "frame age" is both, and nobody is blamed for it.
 SEGMENTS = (
     "frame age",
+    "transport",
+    "frame wait",
     "observe",
-    "guide",
+    "unaccounted",
     "preprocess",
+    "guide",
     "vision",
     "prefill",
     "denoise",
@@ -25,10 +32,13 @@ SEGMENTS = (
     "send",
 )
 GROUPS = {
-    "frame age": "camera",
+    "frame age": "undivided",
+    "transport": "camera",
+    "frame wait": "phase",
     "observe": "camera",
-    "guide": "engine",
+    "unaccounted": "unaccounted",
     "preprocess": "engine",
+    "guide": "engine",
     "vision": "engine",
     "prefill": "engine",
     "denoise": "engine",
@@ -38,6 +48,16 @@ GROUPS = {
     "tick": "loop",
     "send": "bus",
 }
+# From the complete observation to the prediction; their sum is "predict".
+PREDICTION = (
+    "unaccounted",
+    "preprocess",
+    "guide",
+    "vision",
+    "prefill",
+    "denoise",
+    "postprocess",
+)
 
 
 class Chunks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,9 +66,10 @@ class Chunks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         t_s: start of the chunk since the first stamp.
         phase: of each.
+        run: which repetition, from 0.
         segments_ms: by name of the segment.
         steps_ms: every denoising step of every chunk.
-        transport_ms: capture to received, oldest frame.
+        cpu_ms: processor time of the policy's process for the prediction, all its threads.
         frame_to_chunk_ms: capture to published.
         frame_to_command_ms: capture to the first command of the chunk.
         interval_ms: from the adoption of the chunk before.
@@ -60,9 +81,10 @@ class Chunks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     t_s: list[float]
     phase: list[Phase]
+    run: list[int]
     segments_ms: dict[str, list[float | None]]
     steps_ms: list[list[float]]
-    transport_ms: list[float | None]
+    cpu_ms: list[float | None]
     frame_to_chunk_ms: list[float | None]
     frame_to_command_ms: list[float | None]
     interval_ms: list[float | None]

@@ -251,6 +251,11 @@ class Around:
         """Learn the motor's process; it is stalled in motion only."""
         self._motor_pid = status.motor_pid if status.mode in (Mode.APPROACH, Mode.RUN) else 0
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Processes of the burners."""
+        return tuple(b.pid for b in self._burners if b.pid is not None)
+
     def __enter__(self) -> Around:
         """Start what was asked for."""
         context = multiprocessing.get_context("spawn")

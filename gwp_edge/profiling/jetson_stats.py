@@ -33,6 +33,11 @@ class JetsonSource(Protocol):
         """Name of the power mode, None where the program does not say."""
         ...
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Processes that were started for it."""
+        ...
+
     def read(self) -> dict[str, float]:
         """Return the newest values by name with unit; never waits."""
         ...
@@ -84,6 +89,11 @@ class Jtop:
         """Name of the nvpmodel in force."""
         mode = self._client.nvpmodel
         return None if mode is None else str(mode.name)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """None: the service runs with or without us."""
+        return ()
 
     def read(self) -> dict[str, float]:
         """Return the newest answer of the service."""
@@ -203,6 +213,11 @@ class Tegrastats:
     def power_mode(self) -> str | None:
         """Tegrastats does not say."""
         return None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """That of the program."""
+        return (self.process.pid,)
 
     def read(self) -> dict[str, float]:
         """Return the newest line's values."""

@@ -68,17 +68,13 @@ class LiveFeed:
 
     Args:
         cameras: names in the order of the stamps; empty for the engine alone.
-        every_frame: see ``cameras.camera_reports``.
         motor_hz: asked rate of the motor loop.
     """
 
-    def __init__(
-        self, cameras: Sequence[str] = (), *, every_frame: bool = True, motor_hz: float = 200.0
-    ) -> None:
+    def __init__(self, cameras: Sequence[str] = (), *, motor_hz: float = 200.0) -> None:
         self._period_ms = 1e3 / motor_hz
         self._t_planned_ns = 0
         self._cameras = tuple(cameras)
-        self._every_frame = every_frame
         self._chunk_ms: list[float] = []
         self._late_us = np.zeros(_MAX_LATE_US + 1, np.int64)
         self._n_ticks = self._n_missed = self._n_limited = self._n_not_sent = 0
@@ -97,7 +93,7 @@ class LiveFeed:
         if len(self._waiting) < _MIN_STAMPS:
             return
         for i, name in enumerate(self._cameras):
-            judged = judge_camera(name, self._waiting, i, every_frame=self._every_frame)
+            judged = judge_camera(name, self._waiting, i)
             missing, expected = self._missing[name]
             self._missing[name] = (missing + judged.n_missing, expected + judged.n_expected)
         self._waiting = self._waiting[-1:]

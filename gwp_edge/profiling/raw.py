@@ -34,6 +34,7 @@ class Raw:
         sampler_s: the sampler's part of it.
         wall_s: how long it listened.
         view_s: processor time of the live view.
+        helper_s: processor time of the sampler's other threads and processes.
         failure: why collecting ended early, or None.
     """
 
@@ -48,4 +49,5 @@ class Raw:
     sampler_s: float = 0.0
     wall_s: float = 0.0
     view_s: float = 0.0
+    helper_s: float = 0.0
     failure: str | None = None

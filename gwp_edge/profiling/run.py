@@ -81,7 +81,7 @@ def profile_engine(
     machine = describe_machine()
     limits, why = _limits(machine, engine, provider, threads, options, progress)
     raws = []
-    with Around(options.disturbances):
+    with Around(options.disturbances) as around:
         for i in range(options.repeat):
             if progress is not None:
                 progress("profile", i, options.repeat)
@@ -89,6 +89,7 @@ def profile_engine(
             sampler = SystemSampler() if options.sample_system else None
             if sampler is not None:
                 sampler.pids = {"engine": os.getpid()}
+                sampler.foreign = frozenset(around.pids)
             try:
                 raws.append(
                     collect_engine(
@@ -226,13 +227,13 @@ def profile_robot(
         disturbances=disturbances.texts,
     )
     cameras = tuple(c.role for c in robot.cameras)
-    every_frame = policy.replan_hz is None and not policy.synchronous
 
-    def listen() -> Listener:
+    def listen(foreign: Sequence[int]) -> Listener:
         return Listener(
             run_options.spec,
             SystemSampler() if options.sample_system else None,
-            feed=LiveFeed(cameras, every_frame=every_frame, motor_hz=run_options.motor.rate_hz),
+            foreign=foreign,
+            feed=LiveFeed(cameras, motor_hz=run_options.motor.rate_hz),
             on_live=on_live,
         )
 
@@ -245,7 +246,6 @@ def profile_robot(
         manifest=manifest,
         limits=limits,
         why_no_limits=why,
-        every_frame=every_frame,
         outcome=summaries[-1].outcome,
         n_holds=sum(s.n_holds for s in summaries),
         faults=tuple(fault for s in summaries for fault in s.faults),
@@ -259,7 +259,7 @@ def _runs(
     options: ProfileOptions,
     on_status: StatusCallback | None,
     keys: KeySource | None,
-    listen: Callable[[], Listener],
+    listen: Callable[[Sequence[int]], Listener],
     watchers: Sequence[Watcher],
 ) -> tuple[list[Raw], list[RunSummary]]:
     """Run it as often as asked for, or until it ends badly."""
@@ -267,7 +267,7 @@ def _runs(
     summaries: list[RunSummary] = []
     with Around(options.disturbances) as around:
         for _ in range(options.repeat):
-            listener = listen()
+            listener = listen(around.pids)
 
             def see(status: RunStatus, listener: Listener = listener) -> None:
                 listener.see(status)

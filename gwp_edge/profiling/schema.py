@@ -18,7 +18,7 @@ from gwp_edge.profiling.columns import Chunks, Phase
 from gwp_edge.profiling.context import Context
 
 SCHEMA = "gwp-edge.profile"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Level = Literal["good", "warn", "bad"]
 _MIN_FOR_P999 = 1000
@@ -120,9 +120,11 @@ class CameraReport(_Struct, frozen=True, kw_only=True):
         n_used: those that a plan began from.
         health: the driver's own account at the end of the run, None where it keeps none.
         period_ms: between frames.
-        n_expected: frames that a plan should have begun from.
-        n_missing: those that were not there.
-        transport_ms: capture to received.
+        n_expected: frames that a plan began from or should have begun from.
+        n_missing: those that were not there when the loop looked, and never came to be used.
+        n_late: those that were not there when the loop looked, and came later.
+        transport_ms: capture to received; None for a camera that is asked, which has no time of
+            arrival.
     """
 
     name: str
@@ -133,6 +135,7 @@ class CameraReport(_Struct, frozen=True, kw_only=True):
     period_ms: float | None
     n_expected: int
     n_missing: int
+    n_late: int
     transport_ms: Summary | None
 
 
@@ -143,8 +146,10 @@ class TailReport(_Struct, frozen=True, kw_only=True):
         of: "frame to command" or "predict".
         n: slowest chunks looked at.
         excess_ms: their mean over the median.
+        predict_excess_ms: likewise of their predictions.
+        cpu_excess_ms: likewise of the processor time of those; None where it was not taken.
         by_segment: share of the excess, 0 to 1.
-        by_group: likewise for camera, engine, loop and bus.
+        by_group: likewise for ``columns.GROUPS``.
         group: largest of those; None while the tail is too small to matter.
         segment: largest segment of that group.
     """
@@ -152,6 +157,8 @@ class TailReport(_Struct, frozen=True, kw_only=True):
     of: str
     n: int
     excess_ms: float
+    predict_excess_ms: float
+    cpu_excess_ms: float | None
     by_segment: dict[str, float]
     by_group: dict[str, float]
     group: str | None
@@ -213,13 +220,32 @@ class BusReport(_Struct, frozen=True, kw_only=True):
     counts: dict[str, int]
 
 
+class LoadReport(_Struct, frozen=True, kw_only=True):
+    """Who kept the cores busy in the steady phase: means, per cent of one core.
+
+    Attributes:
+        n_cores: that were on.
+        total_percent: of all cores together.
+        own_percent: of the processes of this run: motor, policy, guardian, supervisor, and what
+            they started; injected burners are not among them.
+        others_percent: what is left: other programs, and the kernel's own work.
+    """
+
+    n_cores: int
+    total_percent: float
+    own_percent: float
+    others_percent: float
+
+
 class SystemReport(_Struct, frozen=True, kw_only=True):
     """What the system did meanwhile, one column each, on the same clock.
 
     Attributes:
         t_s: of each sample.
         columns: by name with unit, such as ``cpu0_percent`` or ``policy_rss_mb``.
-        peaks: largest value of each column.
+        worst: the value to look at of each column: the smallest of what is left (free memory) or
+            can be slowed down (clocks), the largest of everything else.
+        load: who kept the cores busy; None where it is not known.
         throttled: parts that were slowed down.
         buses: CAN counters; empty where there is no CAN bus.
         source: where it comes from.
@@ -227,7 +253,8 @@ class SystemReport(_Struct, frozen=True, kw_only=True):
 
     t_s: list[float]
     columns: dict[str, list[float | None]]
-    peaks: dict[str, float]
+    worst: dict[str, float]
+    load: LoadReport | None
     throttled: tuple[str, ...]
     buses: tuple[BusReport, ...]
     source: tuple[str, ...]
@@ -242,6 +269,8 @@ class Cost(_Struct, frozen=True, kw_only=True):
         stamp_us: to note one chunk, measured here.
         tick_us: to note one motor tick, measured here.
         view_percent: of the live view, of one core.
+        helper_percent: of what was started for it, such as tegrastats, and its threads, of one
+            core.
         stamp_percent: of the median chunk.
         n_lost: records that were overwritten before they were read, by kind.
     """
@@ -249,6 +278,7 @@ class Cost(_Struct, frozen=True, kw_only=True):
     listener_percent: float
     sampler_percent: float
     view_percent: float
+    helper_percent: float
     stamp_us: float
     stamp_percent: float | None
     tick_us: float

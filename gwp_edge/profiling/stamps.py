@@ -19,7 +19,8 @@ _DOMAINS: Final[tuple[ClockDomain, ...]] = get_args(ClockDomain)
 
 # Stages of one prediction end at ``t_predicted_ns`` and follow each other without gaps, so their
 # moments need no stamps of their own. ``chunk_idx`` is negative for the calls of the preflight:
-# -1 the first. What exceeds MAX_STEPS is summed in ``denoise_rest_ns``.
+# -1 the first. What exceeds MAX_STEPS is summed in ``denoise_rest_ns``. ``cpu_ns`` is 0 where it
+# was not taken, ``t_looked_ns`` where no look at the cameras was in vain.
 STAMP_DTYPE: Final = np.dtype(
     [
         ("chunk_idx", np.int64),
@@ -33,6 +34,7 @@ STAMP_DTYPE: Final = np.dtype(
         ("t_predicted_ns", np.int64),
         ("t_published_ns", np.int64),
         ("preprocess_ns", np.int64),
+        ("guide_ns", np.int64),
         ("vision_ns", np.int64),
         ("prefill_ns", np.int64),
         ("postprocess_ns", np.int64),
@@ -43,13 +45,19 @@ STAMP_DTYPE: Final = np.dtype(
         ("frame_idx", np.int64, (MAX_CAMERAS,)),
         # Index into the values of ``ClockDomain``: whose clock told the time of capture.
         ("domain", np.int64, (MAX_CAMERAS,)),
+        # Processor time of the process from ``t_built_ns`` to ``t_predicted_ns``, all threads.
+        ("cpu_ns", np.int64),
+        # The last look before this chunk that would have begun a plan, and found no newer frames;
+        # and what each camera's newest frame was then.
+        ("t_looked_ns", np.int64),
+        ("looked_idx", np.int64, (MAX_CAMERAS,)),
     ]
 )
 
 
 def stamp_record(
     chunk_idx: int,
-    observation: Observation,
+    observation: Observation | None,
     timing: StageTimes,
     *,
     t_started_ns: int,
@@ -57,20 +65,27 @@ def stamp_record(
     t_predicted_ns: int,
     t_published_ns: int,
     n_frozen_rows: int = 0,
+    cpu_ns: int = 0,
+    t_looked_ns: int = 0,
+    looked_idx: tuple[int, ...] = (),
 ) -> tuple[object, ...]:
     """Return one record of ``STAMP_DTYPE``, fields in order.
 
     Args:
         chunk_idx: of the chunk; negative for a call of the preflight.
-        observation: what it was predicted from.
+        observation: what it was predicted from; None for an input from a file.
         timing: stage times of the prediction.
         t_started_ns: the loop turned to the cameras.
         t_built_ns: the observation was complete.
         t_predicted_ns: the prediction was there.
         t_published_ns: the chunk was handed over.
         n_frozen_rows: rows that guidance kept.
+        cpu_ns: processor time of the process for the prediction.
+        t_looked_ns: the last look that found no newer frames, 0 for none.
+        looked_idx: number of each camera's newest frame at that look.
     """
-    frames = observation.frames[:MAX_CAMERAS]
+    frames = () if observation is None else observation.frames[:MAX_CAMERAS]
+    looked = looked_idx[:MAX_CAMERAS]
     no_frames = (0,) * (MAX_CAMERAS - len(frames))
     steps = timing.denoise_ns[:MAX_STEPS]
     return (
@@ -78,13 +93,14 @@ def stamp_record(
         len(frames),
         len(timing.denoise_ns),
         n_frozen_rows,
-        observation.t_observed_ns,
-        observation.t_state_ns,
+        t_built_ns if observation is None else observation.t_observed_ns,
+        t_built_ns if observation is None else observation.t_state_ns,
         t_started_ns,
         t_built_ns,
         t_predicted_ns,
         t_published_ns,
         timing.preprocess_ns,
+        timing.guide_ns,
         timing.vision_ns,
         timing.prefill_ns,
         timing.postprocess_ns,
@@ -94,4 +110,7 @@ def stamp_record(
         tuple(f.t_received_ns for f in frames) + no_frames,
         tuple(f.frame_idx for f in frames) + no_frames,
         tuple(_DOMAINS.index(f.domain) for f in frames) + no_frames,
+        cpu_ns,
+        t_looked_ns,
+        looked + (0,) * (MAX_CAMERAS - len(looked)),
     )

@@ -19,6 +19,8 @@ from gwp_edge.profiling.jetson_stats import JetsonSource, open_jetson_source
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _PSS_EVERY_NS: Final = 5_000_000_000
+# As ``/sys/class/net/*/type`` says it, ARPHRD_CAN: an interface may have any name.
+_CAN_DEVICE: Final = "280"
 CAN_COUNTERS: Final = (
     "rx_packets",
     "tx_packets",
@@ -48,12 +50,17 @@ class SystemSampler:
         jetson: ask jetson-stats or tegrastats where there is one.
 
     Attributes:
-        pids: processes to follow, by name; 0 for none.
+        pids: processes to follow, by name; 0 for none. What those have started is summed up as
+            ``helpers``.
+        foreign: processes that were started from here and are to count as other programs.
+        helper_s: processor time of the threads and processes that sampling itself has started.
     """
 
     def __init__(self, system: System | None = None, *, jetson: bool = True) -> None:
         self._system = system or LocalSystem()
         self.pids: dict[str, int] = {}
+        self.foreign: frozenset[int] = frozenset()
+        self.helper_s = 0.0
         self._t_ns: list[int] = []
         self._rows: list[dict[str, float]] = []
         self._throttled: dict[str, None] = {}
@@ -62,16 +69,18 @@ class SystemSampler:
         self._clocks = self._system.glob("/sys/devices/system/cpu/cpu[0-9]*/cpufreq")
         self._zones = self._readable_zones()
         self._coolers = self._system.glob("/sys/class/thermal/cooling_device*")
-        self._buses = self._system.glob("/sys/class/net/can*/statistics")
+        self._buses = [
+            f"{net}/statistics"
+            for net in self._system.glob("/sys/class/net/*")
+            if (self._system.read(f"{net}/type") or "").strip() == _CAN_DEVICE
+        ]
         self._fans = self._readable_fans()
+        threads = self._threads()
         self._jetson: JetsonSource | None = open_jetson_source() if jetson else None
+        self._helper_threads = self._threads() - threads
+        self._ticks_before: dict[int, int] = {}
         self._t_pss_ns = 0
         self._n_pss = 0
-
-    @property
-    def power_mode(self) -> str | None:
-        """What jetson-stats calls the power mode, None elsewhere."""
-        return self._jetson.power_mode if self._jetson is not None else None
 
     @property
     def newest(self) -> dict[str, float]:
@@ -90,6 +99,7 @@ class SystemSampler:
         self._take_cpus(row)
         self._take_memory(row)
         self._take_processes(row, now_ns)
+        self._take_helpers(row, now_ns)
         if now_ns - self._t_pss_ns >= _PSS_EVERY_NS:
             self._take_pss(row, now_ns)
         self._take_heat(row)
@@ -120,10 +130,13 @@ class SystemSampler:
             self._jetson.close()
 
     def _readable_zones(self) -> list[tuple[str, str]]:
-        zones = []
+        zones: list[tuple[str, str]] = []
         for zone in self._system.glob("/sys/class/thermal/thermal_zone*"):
             if read_int(self._system, f"{zone}/temp") is not None:
-                label = self._system.read(f"{zone}/type") or zone.rsplit("/", 1)[-1]
+                number = zone.rsplit("/", 1)[-1]
+                label = self._system.read(f"{zone}/type") or number
+                if any(name == f"{label}_c" for name, _ in zones):  # several may be of one type
+                    label = f"{label}_{number.removeprefix('thermal_')}"
                 zones.append((f"{label}_c", f"{zone}/temp"))
         return zones
 
@@ -161,12 +174,10 @@ class SystemSampler:
 
     def _take_processes(self, row: dict[str, float], now_ns: int) -> None:
         for name, pid in list(self.pids.items()):
-            text = self._system.read(f"/proc/{pid}/stat") if pid else None
-            if not text:
+            fields = self._stat(f"{pid}") if pid else []
+            if not fields:
                 continue
-            # The name in parentheses may hold anything, spaces and parentheses too.
-            fields = text.rpartition(")")[2].split()
-            minor, major, cpu = int(fields[7]), int(fields[9]), int(fields[11]) + int(fields[12])
+            minor, major, cpu = int(fields[7]), int(fields[9]), _cpu_ticks(fields)
             row[f"{name}_rss_mb"] = int(fields[21]) * _PAGE_BYTES / 2**20
             before = self._process_before.get(name)
             self._process_before[name] = (now_ns, cpu, minor, major)
@@ -175,6 +186,38 @@ class SystemSampler:
                 row[f"{name}_cpu_percent"] = 100.0 * (cpu - before[1]) / _TICKS_PER_S / elapsed_s
                 row[f"{name}_minor_faults"] = float(minor - before[2])
                 row[f"{name}_major_faults"] = float(major - before[3])
+
+    def _stat(self, process: str) -> list[str]:
+        """Return the fields of a process or thread after its name; empty where it is gone."""
+        text = self._system.read(f"/proc/{process}/stat")
+        # The name in parentheses may hold anything, spaces and parentheses too.
+        return text.rpartition(")")[2].split() if text else []
+
+    def _threads(self) -> frozenset[str]:
+        return frozenset(t.rsplit("/", 1)[-1] for t in self._system.glob("/proc/self/task/*"))
+
+    def _take_helpers(self, row: dict[str, float], now_ns: int) -> None:
+        """Add up what the followed processes have started, and what sampling has started."""
+        known = {pid for pid in self.pids.values() if pid}
+        found: set[int] = set()
+        waiting = list(known)
+        while waiting:
+            pid = waiting.pop()
+            text = self._system.read(f"/proc/{pid}/task/{pid}/children") or ""
+            new = {int(child) for child in text.split()} - known - found - self.foreign
+            found |= new
+            waiting += new
+        ticks = {pid: _cpu_ticks(fields) for pid in found if (fields := self._stat(f"{pid}"))}
+        if self._t_ns and now_ns > self._t_ns[-1] and ticks:
+            spent = sum(n - self._ticks_before.get(pid, n) for pid, n in ticks.items())
+            elapsed_s = (now_ns - self._t_ns[-1]) / 1e9
+            row["helpers_cpu_percent"] = 100.0 * spent / _TICKS_PER_S / elapsed_s
+        self._ticks_before = ticks
+        if self._jetson is not None:
+            mine = [f"self/task/{tid}" for tid in self._helper_threads]
+            mine += [f"{pid}" for pid in self._jetson.pids]
+            spent = sum(_cpu_ticks(fields) for m in mine if (fields := self._stat(m)))
+            self.helper_s = max(self.helper_s, spent / _TICKS_PER_S)
 
     def _take_pss(self, row: dict[str, float], now_ns: int) -> None:
         """Read the share of memory of one process; the next time it is the next one's turn."""
@@ -198,6 +241,10 @@ class SystemSampler:
                 label = self._system.read(f"{device}/type") or device.rsplit("/", 1)[-1]
                 if "fan" not in label.lower():
                     self._throttled.setdefault(label)
+
+
+def _cpu_ticks(fields: list[str]) -> int:
+    return int(fields[11]) + int(fields[12])
 
 
 def _put(row: dict[str, float], name: str, value: float | None) -> None:

@@ -6,12 +6,13 @@ and the motor's lateness and what the system did are counters. Moments are on th
 
 from __future__ import annotations
 
+import shlex
 from typing import Final
 
 import numpy as np
 
 from gwp_edge.profiling.chunks import COLD, ChunkTable, chunk_table, moving
-from gwp_edge.profiling.columns import SEGMENTS
+from gwp_edge.profiling.columns import PREDICTION, SEGMENTS
 from gwp_edge.profiling.context import Context
 from gwp_edge.profiling.raw import Raw, Records
 from gwp_edge.spec import PolicySpec
@@ -28,7 +29,8 @@ _THREADS: Final = {
     (_SYSTEM, 1): "counters",
 }
 _PROCESSES: Final = {_POLICY: "policy process", _MOTOR: "motor process", _SYSTEM: "system"}
-_STAGES: Final = ("observe", "guide", "preprocess", "vision", "prefill", "denoise", "postprocess")
+_STAGES: Final = ("observe", *PREDICTION)
+_BEFORE: Final = ("frame age", "transport", "frame wait")
 _MAX_TICKS: Final = 200_000
 
 
@@ -65,7 +67,7 @@ def to_trace(raw: Raw, spec: PolicySpec, context: Context) -> dict[str, object]:
         "otherData": {
             "bundle_id": context.bundle_id,
             "robot": context.robot,
-            "command_line": " ".join(context.command_line),
+            "command_line": shlex.join(context.command_line),
             "clock": "CLOCK_MONOTONIC",
         },
     }
@@ -82,8 +84,9 @@ def _lanes(table: ChunkTable) -> list[int]:
     """
     free_ns: list[float] = []
     lanes = []
-    for t_ns, age_ms in zip(table.t_ns, table.segment("frame age"), strict=True):
-        captured_ns = float(t_ns) - (0.0 if np.isnan(age_ms) else age_ms * 1e6)
+    ages_ms = np.nansum([table.segment(name) for name in _BEFORE], axis=0)
+    for t_ns, age_ms in zip(table.t_ns, ages_ms, strict=True):
+        captured_ns = float(t_ns) - age_ms * 1e6
         lane = next((k for k, free in enumerate(free_ns) if free <= captured_ns), len(free_ns))
         free_ns[lane:] = [float(t_ns), *free_ns[lane + 1 :]]
         lanes.append(lane)
@@ -122,7 +125,7 @@ def _chunk_events(table: ChunkTable, i: int, lane: int, *, ends: bool) -> list[E
         begun_us += spent_us[stage]
     published_us = begun_us + spent_us["publish"]
     events = [_slice(label, _POLICY, 1, start_us, published_us - start_us, chunk=idx), *inside]
-    age_us, frames = spent_us["frame age"], _FRAMES + lane
+    age_us, frames = sum(spent_us[name] for name in _BEFORE), _FRAMES + lane
     if age_us > 0:
         events.append(_slice("frame", _POLICY, frames, start_us - age_us, age_us, chunk=idx))
     if ends:

@@ -7,11 +7,12 @@ from typing import Final
 import numpy as np
 
 from gwp_edge.profiling.chunks import ChunkTable
-from gwp_edge.profiling.columns import GROUPS, SEGMENTS
 from gwp_edge.profiling.schema import (
     Budget,
     CameraReport,
+    Cost,
     Level,
+    LoadReport,
     MotorReport,
     Roofline,
     Summary,
@@ -19,13 +20,18 @@ from gwp_edge.profiling.schema import (
     TailReport,
     Verdict,
 )
+from gwp_edge.profiling.tail import tail_verdict
 from gwp_edge.spec import PolicySpec
 
-_MIN_FOR_TAIL: Final = 30
-# A tail this much over the median is not worth a sentence.
-_TAIL_MATTERS: Final = 0.15
-_CLEAR_SHARE: Final = 0.5
 _MISSED_SHARE: Final = 1e-3
+_LOST_PERCENT: Final = 1.0
+# From this share of all cores on there is no core left for who needs one now.
+_FULL: Final = 0.85
+_OTHERS_MATTER: Final = 0.15
+_ASIDE: Final = "; other programs took part, so this is not the robot's alone (see machine)"
+_MAX_STAMP_PERCENT: Final = 1.0
+_MAX_TICK_US: Final = 5.0
+_MAX_CORE_PERCENT: Final = 1.0
 _MENTIONED_SHARE: Final = 0.25
 _GAP_WORDS: Final = {
     "loop": "the process was not run in time: give it real-time priority and a core",
@@ -60,57 +66,6 @@ def budget(steady: ChunkTable, spec: PolicySpec) -> Budget | None:
     )
 
 
-def tail(steady: ChunkTable) -> TailReport | None:
-    """Return where the slowest 1 % of the chunks lose their time against the median chunk.
-
-    At least three chunks are looked at, and at least 30 must be there.
-    """
-    total, name = steady.frame_to_command, "frame to command"
-    if np.isnan(total).all():
-        total, name = steady.predict, "predict"
-    known = np.flatnonzero(~np.isnan(total))
-    if len(known) < _MIN_FOR_TAIL:
-        return None
-    used = [s for s in SEGMENTS if name != "predict" or GROUPS[s] == "engine"]
-    columns = [SEGMENTS.index(s) for s in used]
-    slowest = known[np.argsort(total[known])[-max(3, round(0.01 * len(known))) :]]
-    middle = np.median(steady.segments[known][:, columns], axis=0)
-    excess = np.maximum(steady.segments[slowest][:, columns] - middle, 0.0).mean(axis=0)
-    whole = float(excess.sum()) or 1.0
-    by_segment = {s: float(e) / whole for s, e in zip(used, excess, strict=True)}
-    by_group = {
-        g: sum(share for s, share in by_segment.items() if GROUPS[s] == g)
-        for g in ("camera", "engine", "loop", "bus")
-    }
-    over = float(total[slowest].mean() - np.median(total[known]))
-    group = max(by_group, key=lambda g: by_group[g])
-    if over < _TAIL_MATTERS * float(np.median(total[known])):
-        return _tail(name, len(slowest), over, by_segment, by_group, None, None)
-    mine = [s for s in used if GROUPS[s] == group]
-    segment = max(mine, key=lambda s: by_segment[s])
-    return _tail(name, len(slowest), over, by_segment, by_group, group, segment)
-
-
-def _tail(
-    name: str,
-    n: int,
-    over_ms: float,
-    by_segment: dict[str, float],
-    by_group: dict[str, float],
-    group: str | None,
-    segment: str | None,
-) -> TailReport:
-    return TailReport(
-        of=name,
-        n=n,
-        excess_ms=over_ms,
-        by_segment=by_segment,
-        by_group=by_group,
-        group=group,
-        segment=segment,
-    )
-
-
 def verdicts(
     *,
     plan: Budget | None,
@@ -121,23 +76,48 @@ def verdicts(
     cold: dict[str, Summary],
     roofline: Roofline,
     system: SystemReport | None,
+    cost: Cost,
     n_holds: int,
+    execution: str | None,
+    standing: Summary | None,
 ) -> tuple[Verdict, ...]:
-    """Return the sentences, the most important first."""
+    """Return the sentences, the most important first.
+
+    Args:
+        plan: see ``budget``.
+        tail_report: see ``tail.tail``.
+        motor: of the motor loop, None without one.
+        cameras: one report each.
+        steady: summaries of the steady phase.
+        cold: of the first call.
+        roofline: of the engine's stages.
+        system: what the system did.
+        cost: of profiling.
+        n_holds: how often a running arm went to hold.
+        execution: how chunks follow each other.
+        standing: time that the arm stood at the end of a plan.
+    """
+    load = system.load if system is not None else None
+    aside = _ASIDE if _is_crowded(load) else ""
+    on_time = _motor(motor, aside)
     found = [
-        _rate(plan, motor, steady, n_holds),
-        _stage(steady, roofline),
-        _tail_verdict(tail_report),
+        _sync_rate(plan, standing, on_time, n_holds)
+        if execution == "sync"
+        else _rate(plan, on_time, steady, n_holds),
+        _machine(load),
+        _stage(steady, roofline, aside),
+        tail_verdict(tail_report),
+        on_time,
     ]
-    found.append(_motor(motor))
     found += [_camera(camera) for camera in cameras]
-    found += [_first_call(cold, steady), _throttling(system)]
+    found += [_first_call(cold, steady), _throttling(system), _overhead(cost)]
     return tuple(v for v in found if v is not None)
 
 
 def _rate(
-    plan: Budget | None, motor: MotorReport | None, steady: dict[str, Summary], n_holds: int
+    plan: Budget | None, motor: Verdict | None, steady: dict[str, Summary], n_holds: int
 ) -> Verdict:
+    """Say whether plans come in time; a yes needs a motor loop that executes them in time, too."""
     if plan is None:
         text = "no chunk of the steady phase: run longer, or with a shorter warm-up"
         return Verdict(topic="rate", level="bad", text=text)
@@ -160,11 +140,76 @@ def _rate(
         level, answer = "warn", f"barely at {hz}"
     if motor is None:
         answer += " for the engine alone (no camera, bus or motor loop was measured)"
+    elif motor.level == "bad":
+        level = "warn"
+        answer = f"plans come in time for {hz}, but the motor loop is not on time (see motor)"
     text = f"{answer}: {numbers}, which leaves {plan.left_ms:.0f} ms"
     return Verdict(topic="rate", level=level, text=text + few)
 
 
-def _stage(steady: dict[str, Summary], roofline: Roofline) -> Verdict | None:
+def _sync_rate(
+    plan: Budget | None, standing: Summary | None, motor: Verdict | None, n_holds: int
+) -> Verdict:
+    """Say how long the arm stands: here a plan is meant to run out before the next is made."""
+    if plan is None or standing is None:
+        return _rate(None, motor, {}, n_holds)
+    share = 100 * plan.plan_ms / (plan.plan_ms + standing.p50)
+    text = (
+        f"with --execution sync the arm stands {standing.p50:.0f} ms (p99 {standing.p99:.0f}) "
+        f"after each plan of {plan.plan_ms:.0f} ms: it moves {share:.0f} % of the time, at "
+        f"{plan.rate_hz:.0f} Hz"
+    )
+    if n_holds:
+        text = f"not reliably: the arm went to hold {n_holds} times; {text}"
+        return Verdict(topic="rate", level="bad", text=text)
+    if motor is not None and motor.level == "bad":
+        text += "; the motor loop does not keep its time (see motor)"
+        return Verdict(topic="rate", level="warn", text=text)
+    return Verdict(topic="rate", level="good", text=text)
+
+
+def _is_crowded(load: LoadReport | None) -> bool:
+    if load is None:
+        return False
+    whole = 100 * load.n_cores
+    return load.total_percent >= _FULL * whole and load.others_percent >= _OTHERS_MATTER * whole
+
+
+def _machine(load: LoadReport | None) -> Verdict | None:
+    """Say whether the run had the machine for itself."""
+    if load is None or load.others_percent < 100 * _OTHERS_MATTER:
+        return None
+    cores = f"{load.others_percent / 100:.1f} of {load.n_cores} cores"
+    if _is_crowded(load):
+        text = (
+            f"other programs kept {cores} busy and none was free ({load.own_percent / 100:.1f} for "
+            "this run): its times are what they left; end them and measure again"
+        )
+        return Verdict(topic="machine", level="warn", text=text, blames="others")
+    text = (
+        f"other programs kept {cores} busy; cores were free, but what they took of the memory's "
+        "rate cannot be told from a slow engine"
+    )
+    return Verdict(topic="machine", level="good", text=text, blames="others")
+
+
+def _overhead(cost: Cost) -> Verdict | None:
+    """Complain of profiling itself where it took more than it may."""
+    over = []
+    if cost.stamp_percent is not None and cost.stamp_percent > _MAX_STAMP_PERCENT:
+        over.append(f"{cost.stamp_percent:.2f} % of a chunk ({_MAX_STAMP_PERCENT:g} allowed)")
+    if cost.tick_us > _MAX_TICK_US:
+        over.append(f"{cost.tick_us:.1f} us of a motor tick ({_MAX_TICK_US:g} allowed)")
+    sampling = cost.sampler_percent + cost.helper_percent
+    if sampling > _MAX_CORE_PERCENT:
+        over.append(f"{sampling:.2f} % of a core for sampling ({_MAX_CORE_PERCENT:g} allowed)")
+    if not over:
+        return None
+    text = f"profiling took {', '.join(over)}: the times hold it"
+    return Verdict(topic="overhead", level="warn", text=text, blames="profiling")
+
+
+def _stage(steady: dict[str, Summary], roofline: Roofline, aside: str) -> Verdict | None:
     """Name the stage in which most time could be saved: over its floor where that is known."""
     times = {s: steady[s].p50 for s in _ENGINE_STAGES if s in steady}
     whole = sum(times.values())
@@ -183,30 +228,10 @@ def _stage(steady: dict[str, Summary], roofline: Roofline) -> Verdict | None:
             f"; this machine's {judged_best.bound} limit is {judged_best.ceiling_ms:.1f} ms, so up "
             f"to {judged_best.left_ms:.1f} ms could be saved"
         )
-    return Verdict(topic="stage", level="good", text=text, blames=best)
+    return Verdict(topic="stage", level="good", text=text + aside, blames=best)
 
 
-def _tail_verdict(report: TailReport | None) -> Verdict | None:
-    if report is None:
-        text = f"too few chunks for a word about the tail: {_MIN_FOR_TAIL} are needed"
-        return Verdict(topic="tail", level="warn", text=text)
-    head = f"the {report.n} slowest chunks take {report.excess_ms:.1f} ms more than the median"
-    if report.group is None or report.segment is None:
-        return Verdict(topic="tail", level="good", text=f"no tail to speak of: {head}")
-    share = report.by_group[report.group]
-    where = f"{100 * share:.0f} % of that is the {report.group}, mostly {report.segment}"
-    if share < _CLEAR_SHARE:
-        parts = ", ".join(f"{g} {100 * s:.0f} %" for g, s in report.by_group.items())
-        where = f"no single part is to blame ({parts})"
-    return Verdict(
-        topic="tail",
-        level="warn",
-        text=f"{head}; {where}",
-        blames=report.group if share >= _CLEAR_SHARE else None,
-    )
-
-
-def _motor(motor: MotorReport | None) -> Verdict | None:
+def _motor(motor: MotorReport | None, aside: str) -> Verdict | None:
     if motor is None:
         return None
     late = (
@@ -224,7 +249,7 @@ def _motor(motor: MotorReport | None) -> Verdict | None:
     level: Level = "bad" if motor.n_missed > _MISSED_SHARE * motor.n_ticks else "warn"
     text = (
         f"the motor loop {late} and missed {motor.n_missed} of {motor.n_ticks} periods, up to "
-        f"{motor.longest_miss} in a row; {_where_gaps_come_from(motor)}"
+        f"{motor.longest_miss} in a row; {_where_gaps_come_from(motor)}{aside}"
     )
     return Verdict(topic="motor", level=level, text=text, blames=motor.tail)
 
@@ -242,13 +267,27 @@ def _where_gaps_come_from(motor: MotorReport) -> str:
 def _camera(camera: CameraReport) -> Verdict | None:
     if camera.period_ms is None or not camera.n_missing:
         return None
-    share = 100 * camera.n_missing / camera.n_expected
+    low, high = (100 * share for share in _wilson(camera.n_missing, camera.n_expected))
     text = (
-        f"camera {camera.name}: {camera.n_missing} of {camera.n_expected} frames were not there "
-        f"when they were due ({share:.1f} %): check cable, USB bus and processor load"
+        f"camera {camera.name}: {camera.n_missing} of {camera.n_expected} frames never came "
+        f"({100 * camera.n_missing / camera.n_expected:.1f} %, 95 %: {low:.1f} to {high:.1f})"
     )
-    level: Level = "warn" if share > 1 else "good"
+    if camera.n_late:
+        text += f", {camera.n_late} came late"
+    if low <= _LOST_PERCENT:
+        text += "; too few to warn of"
+        return Verdict(topic="camera", level="good", text=text, blames=camera.name)
+    text += ": check cable, USB bus and processor load"
+    level: Level = "warn"
     return Verdict(topic="camera", level=level, text=text, blames=camera.name)
+
+
+def _wilson(n_hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson's score interval)."""
+    z, share = 1.96, n_hits / n
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * float(np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)))
+    return middle - half, middle + half
 
 
 def _first_call(cold: dict[str, Summary], steady: dict[str, Summary]) -> Verdict | None:

@@ -9,7 +9,7 @@ from gwp_edge.mailbox import TICK_DTYPE, command_dtype, state_dtype
 from gwp_edge.profiling.build import build_report
 from gwp_edge.profiling.context import make_context
 from gwp_edge.profiling.raw import Raw
-from gwp_edge.profiling.stamps import MAX_CAMERAS, MAX_STEPS, STAMP_DTYPE
+from gwp_edge.profiling.stamps import STAMP_DTYPE
 from gwp_edge.status import Mode
 from gwp_edge.testing import make_spec
 
@@ -30,6 +30,10 @@ class Story:
         self.late = {}  # tick number: ms
         self.send = {}
         self.frame_idx = None
+        self.looked = {}  # chunk: (ms of the last look in vain, number of the newest frame then)
+        self.transport = 2.0  # ms; None for a camera that is asked
+        self.guide = self.rest = 0.3
+        self.cpu = None
 
     def raw(self):
         stamps = np.zeros(self.n, STAMP_DTYPE)
@@ -37,7 +41,8 @@ class Story:
         for i in range(self.n):
             started = i * self.every
             total = sum(v[i] for v in self.stages.values()) + sum(self.steps)
-            predicted = started + 0.2 + 0.3 + total
+            rest = np.broadcast_to(self.rest, self.n)[i]
+            predicted = started + 0.2 + rest + self.guide + total
             published[i] = predicted + 0.1
             stamps[i] = self._stamp(i, started, predicted, published[i])
         return Raw(
@@ -51,19 +56,39 @@ class Story:
         def ns(ms):
             return T0 + round(ms * MS)
 
+        stamp = np.zeros((), STAMP_DTYPE)
         captured = ns(started - self.age[i])
-        idx = i if self.frame_idx is None else self.frame_idx[i]
-        rest = (0,) * (MAX_STEPS - len(self.steps))
-        cameras = (0,) * (MAX_CAMERAS - 1)
-        stages = {k: round(v[i] * MS) for k, v in self.stages.items()}
-        return (
-            i, 1, len(self.steps), 0, captured, captured, ns(started), ns(started + 0.2),
-            ns(predicted), ns(published), stages["preprocess"], stages["vision"],
-            stages["prefill"], stages["postprocess"], 0,
-            tuple(round(s * MS) for s in self.steps) + rest,
-            (captured, *cameras), (captured + 2 * MS, *cameras), (idx, *cameras),
-            (3, *cameras),
-        )  # fmt: skip
+        received = ns(started + 0.05)
+        if self.transport is not None:
+            received = captured + round(np.broadcast_to(self.transport, self.n)[i] * MS)
+        looked_ms, looked_idx = self.looked.get(i, (None, 0))
+        filled = {
+            "chunk_idx": i,
+            "n_cameras": 1,
+            "n_steps": len(self.steps),
+            "t_observed_ns": captured,
+            "t_state_ns": captured,
+            "t_started_ns": ns(started),
+            "t_built_ns": ns(started + 0.2),
+            "t_predicted_ns": ns(predicted),
+            "t_published_ns": ns(published),
+            "guide_ns": round(self.guide * MS),
+            **{f"{name}_ns": round(ms[i] * MS) for name, ms in self.stages.items()},
+            "cpu_ns": 0 if self.cpu is None else round(self.cpu[i] * MS),
+            "t_looked_ns": 0 if looked_ms is None else ns(looked_ms),
+        }
+        for name, value in filled.items():
+            stamp[name] = value
+        stamp["denoise_ns"][: len(self.steps)] = [round(s * MS) for s in self.steps]
+        for name, value in (
+            ("t_captured_ns", captured),
+            ("t_received_ns", received),
+            ("frame_idx", i if self.frame_idx is None else self.frame_idx[i]),
+            ("domain", 3),
+            ("looked_idx", looked_idx),
+        ):
+            stamp[name][0] = value
+        return stamp
 
     def _ticks(self, stamps):
         rows, planned, k = [], T0, 0

@@ -314,9 +314,10 @@ def _columns(n, vision_ms=1.0):
     return Chunks(
         t_s=[float(i) for i in range(n)],
         phase=["steady"] * n,
+        run=[0] * n,
         segments_ms={"vision": [vision_ms] * n, "prefill": [1.0] * n, "denoise": [3.0] * n},
         steps_ms=[[1.0, 1.0, 1.0]] * n,
-        transport_ms=none,
+        cpu_ms=none,
         frame_to_chunk_ms=none,
         frame_to_command_ms=none,
         interval_ms=none,

@@ -63,6 +63,8 @@ def test_live_feed_counts_interventions_and_lost_frames():
         raw.stamps[name] += shift
     for name in ("t_captured_ns", "t_received_ns"):
         raw.stamps[name][:, 0] += shift
+    raw.stamps["t_looked_ns"] = raw.stamps["t_started_ns"] - 3 * MS
+    raw.stamps["looked_idx"][1:, 0] = number[:-1]
     figures = fed(raw)
     assert (figures.n_limited, figures.n_not_sent) == (30, 5)
     missing, due = figures.missing["cam_high"]

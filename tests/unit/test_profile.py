@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import msgspec
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from gwp_edge.profiling.compare import (
     read_report,
 )
 from gwp_edge.profiling.html_report import to_html
-from gwp_edge.profiling.schema import Summary
+from gwp_edge.profiling.schema import CameraReport, Summary
+from gwp_edge.profiling.system_sampler import SystemSamples
+from gwp_edge.profiling.verdicts import _camera
 from gwp_edge.status import Mode, TickFlag
 
 # -- percentiles
@@ -56,12 +61,15 @@ def test_chunk_table_segments_add_up_to_frame_to_command():
     known = ~np.isnan(table.frame_to_command)
     assert known.sum() > 50
     np.testing.assert_allclose(
-        table.segments[known].sum(axis=1), table.frame_to_command[known], atol=1e-9
+        np.nansum(table.segments[known], axis=1), table.frame_to_command[known], atol=1e-9
     )
     assert np.allclose(table.segment("vision"), 8.0)
     assert np.allclose(table.segment("denoise"), 2.0)
-    assert np.allclose(table.segment("frame age"), 5.0)
+    assert np.allclose(table.segment("transport"), 2.0)
+    assert np.allclose(table.segment("frame wait"), 3.0)
+    assert np.isnan(table.segment("frame age")).all()
     assert np.allclose(table.segment("guide"), 0.3)
+    assert np.allclose(table.segment("unaccounted"), 0.3)
     assert np.nanmax(table.interval) == pytest.approx(50.0, abs=5.1)
 
 
@@ -111,11 +119,70 @@ def test_report_rare_slow_prefill_is_the_tail_of_the_engine():
     assert report.tail.excess_ms == pytest.approx(40.0, abs=6.0)
 
 
-def test_report_old_frames_are_the_tail_of_the_camera():
+def test_report_frames_long_on_their_way_are_the_tail_of_the_camera():
     story = Story()
     story.age[[20, 40, 55]] += 33.0
+    story.transport = np.full(60, 2.0)
+    story.transport[[20, 40, 55]] += 33.0
     report = story.report()
-    assert (report.tail.group, report.tail.segment) == ("camera", "frame age")
+    assert (report.tail.group, report.tail.segment) == ("camera", "transport")
+    assert verdict(report, "tail").blames == "camera"
+
+
+def out_of_step(transport):
+    """A perfect camera at 30 Hz, 2.5 ms to arrive, and a loop of 41 ms that never varies."""
+    story = Story(n=200, every=41.0)
+    started = np.arange(200) * 41.0
+    story.frame_idx = np.floor((started - 2.5) / (PERIOD / MS)).astype(int)
+    story.age = started - story.frame_idx * PERIOD / MS
+    story.transport = transport
+    return story.report()
+
+
+def test_report_loop_out_of_step_with_a_perfect_camera_does_not_blame_the_camera():
+    """A constant camera and a constant engine got "90 % of that is the camera, mostly frame age".
+
+    The age of a frame holds the wait for the end of the inference before; only the way from the
+    capture to its arrival is the camera's.
+    """
+    report = out_of_step(2.5)
+    assert (report.tail.group, report.tail.segment) == ("phase", "frame wait")
+    assert verdict(report, "tail").blames == "phase"
+    assert report.tail.by_group["camera"] == pytest.approx(0.0, abs=1e-6)
+    assert report.cameras[0].transport_ms.max == pytest.approx(2.5)
+
+
+def test_report_camera_that_is_asked_is_not_blamed_for_the_age_of_its_frames():
+    """Its frame is received when it is asked for, so delay and wait cannot be told apart."""
+    report = out_of_step(None)
+    assert (report.tail.group, report.tail.segment) == ("undivided", "frame age")
+    assert verdict(report, "tail").blames is None
+    assert "cannot be told" in verdict(report, "tail").text
+    assert report.cameras[0].transport_ms is None
+
+
+def test_report_time_between_the_stages_is_not_called_guidance():
+    """With burners beside it a profile said "90 % engine, mostly guide", and nothing was guided.
+
+    What no stage accounts for was called guide, while guidance itself was part of preprocess.
+    """
+    story = Story()
+    story.rest = np.full(60, 0.3)
+    story.rest[[20, 40, 55]] += 30.0
+    report = story.report()
+    assert (report.tail.group, report.tail.segment) == ("unaccounted", "unaccounted")
+    assert verdict(report, "tail").blames is None
+    assert "was not run, or waited" in verdict(report, "tail").text
+
+
+@pytest.mark.parametrize(("more_cpu", "said"), [(0.0, True), (40.0, False)])
+def test_report_slow_predictions_that_computed_no_longer_are_said_to_have_waited(more_cpu, said):
+    story = Story(every=80.0)
+    slow = [20, 40, 55]
+    story.stages["prefill"][slow] += 40.0
+    story.cpu = np.full(60, 12.0)
+    story.cpu[slow] += more_cpu
+    assert ("was not run" in verdict(story.report(), "tail").text) == said
 
 
 def test_report_slow_sends_are_the_tail_of_the_bus():
@@ -159,7 +226,7 @@ def test_report_jitter_that_skips_no_deadline_is_no_missed_period():
 
 def test_report_two_causes_of_long_gaps_are_both_named():
     story = Story()
-    story.late = {k: 12.0 for k in (100, 200, 300)}
+    story.late = dict.fromkeys((100, 200, 300), 12.0)
     story.send = dict.fromkeys((150, 250, 350), 14.0)
     found = verdict(story.report(), "motor")
     assert "look at the bus" in found.text
@@ -198,22 +265,78 @@ def test_report_without_chunks_says_so():
     assert "no chunk" in verdict(report, "rate").text
 
 
-@pytest.mark.parametrize("every_frame", [True, False])
-def test_camera_reports_complete_frames_miss_nothing(every_frame):
+def test_report_sync_execution_says_how_long_the_arm_stands():
+    """Plans that are meant to run out got "no, not at 30 Hz: 727 ms too long", for the engine."""
+    plan_ms = (SPEC.n_rows - 1) * SPEC.period_ns / 1e6
+    story = Story(n=40, every=plan_ms + 200.0)
+    found = verdict(story.report(execution="sync"), "rate")
+    assert (found.level, found.blames) == ("good", None)
+    assert re.search(r"stands (19\d|20\d) ms", found.text)
+    assert verdict(story.report(execution="soft"), "rate").level == "bad"
+
+
+def test_report_rate_is_no_plain_yes_where_the_motor_loop_is_late():
+    story = Story()
+    story.late = {100: 20.0, 300: 20.0}
+    found = verdict(story.report(), "rate")
+    assert found.level == "warn"
+    assert "motor loop" in found.text
+
+
+def loaded(total, own, n_cores=2):
+    """A story on a machine whose cores were busy, by whom."""
+    story = Story()
+    raw = story.raw()
+    cores = {f"cpu{i}_percent": total / n_cores for i in range(n_cores)}
+    row = {**cores, "policy_cpu_percent": own - 10.0, "helpers_cpu_percent": 10.0}
+    times = [int(t) for t in raw.stamps["t_started_ns"][::10]]
+    system = SystemSamples(t_ns=times, rows=[row] * len(times))
+    raw = dataclasses.replace(raw, system=system)
+    story.raw = lambda: raw
+    return story.report()
+
+
+def test_report_other_programs_on_a_full_machine_qualify_what_is_said_of_the_engine():
+    """With four burners beside it: "denoise is worth work first", and not a word of them."""
+    report = loaded(total=195.0, own=60.0)
+    assert report.system.load.others_percent == pytest.approx(135.0)
+    assert verdict(report, "machine").level == "warn"
+    assert verdict(report, "machine").blames == "others"
+    assert "not the robot's alone" in verdict(report, "stage").text
+
+
+@pytest.mark.parametrize(("total", "own"), [(195.0, 190.0), (60.0, 58.0)])
+def test_report_run_that_has_the_machine_for_itself_gets_no_word_about_it(total, own):
+    report = loaded(total, own)
+    assert not [v for v in report.verdicts if v.topic == "machine"]
+    assert "robot's alone" not in verdict(report, "stage").text
+
+
+def test_report_other_programs_beside_free_cores_are_told_but_excuse_nothing():
+    report = loaded(total=300.0, own=150.0, n_cores=8)
+    assert verdict(report, "machine").level == "good"
+    assert "memory" in verdict(report, "machine").text
+    assert "robot's alone" not in verdict(report, "stage").text
+
+
+def test_camera_reports_complete_frames_miss_nothing():
     """A loop slower than its camera skips frames; that is nobody's loss."""
     story = Story(n=60, every=71.0)
     story.stages["vision"] += 54.0
     number = np.floor(np.arange(60) * 71.0 / (PERIOD / MS)).astype(int)
     story.frame_idx = number
     story.age = np.arange(60) * 71.0 - number * PERIOD / MS + 2.5
-    found = camera_reports(story.raw(), ("cam",), warmup_s=0.0, every_frame=every_frame)[0]
+    found = camera_reports(story.raw(), ("cam",), warmup_s=0.0)[0]
     assert found.n_missing == 0
     assert found.n_expected >= 50
     assert found.period_ms == pytest.approx(33.33, abs=0.01)
 
 
 def test_camera_reports_lost_frames_are_counted():
-    """The loop waits for each frame; five never come, so it begins one period later."""
+    """The loop waits for each frame; five never come, so it begins one period later.
+
+    It looked in vain 3 ms before each frame that it began with.
+    """
     number = np.delete(np.arange(65), [10, 20, 30, 31, 50])
     raw = Story(n=60).raw()
     raw.stamps["frame_idx"][:, 0] = number
@@ -224,9 +347,100 @@ def test_camera_reports_lost_frames_are_counted():
         raw.stamps[name] += shift
     for name in ("t_captured_ns", "t_received_ns"):
         raw.stamps[name][:, 0] += shift
+    raw.stamps["t_looked_ns"] = raw.stamps["t_started_ns"] - 3 * MS
+    raw.stamps["looked_idx"][1:, 0] = number[:-1]
     raw.ticks["t_woke_ns"][-1] = raw.stamps["t_published_ns"][-1] + MS
-    found = camera_reports(raw, ("cam",), warmup_s=0.0, every_frame=True)[0]
-    assert (found.n_missing, found.n_expected) == (5, 64)
+    found = camera_reports(raw, ("cam",), warmup_s=0.0)[0]
+    assert (found.n_missing, found.n_late, found.n_expected) == (5, 0, 64)
+
+
+def beside_each_other(lost):
+    """Two cameras in step; what ``lost`` says never comes from the second one."""
+    number = np.setdiff1d(np.arange(60 + len(lost)), lost)
+    raw = Story(n=60, every=PERIOD / MS).raw()
+    shift = (number - np.arange(60)) * PERIOD
+    for name in (
+        "t_observed_ns", "t_started_ns", "t_built_ns", "t_predicted_ns", "t_published_ns",
+    ):  # fmt: skip
+        raw.stamps[name] += shift
+    raw.stamps["n_cameras"] = 2
+    for name in ("t_captured_ns", "t_received_ns", "frame_idx", "domain"):
+        if name.startswith("t_"):
+            raw.stamps[name][:, 0] += shift
+        raw.stamps[name][:, 1] = raw.stamps[name][:, 0]
+    raw.stamps["frame_idx"][:, :2] = number[:, None]
+    raw.stamps["t_looked_ns"] = raw.stamps["t_started_ns"] - 3 * MS
+    # The first one's newest frame at the look in vain is the one before, lost by the other or not.
+    raw.stamps["looked_idx"][:, 0] = number - 1
+    raw.stamps["looked_idx"][1:, 1] = number[:-1]
+    raw.ticks["t_woke_ns"][-1] = raw.stamps["t_published_ns"][-1] + MS
+    return raw
+
+
+def test_camera_reports_blame_the_one_of_two_that_lost_frames():
+    """The loop waits for both, and the good one was counted with the bad one."""
+    good, bad = camera_reports(beside_each_other([10, 20, 30, 31]), ("a", "b"), warmup_s=0.0)
+    assert (good.n_missing, bad.n_missing) == (0, 4)
+
+
+def test_camera_reports_loop_that_did_not_look_blames_no_camera():
+    """Two perfect cameras on a loaded machine: "7.0 % missing: check cable, USB bus".
+
+    The loop had not been run between the time a frame was due and the next look, and by then a
+    newer one had taken its place.
+    """
+    raw = beside_each_other([10, 20, 30, 31])
+    raw.stamps["t_looked_ns"] = 0
+    for camera in camera_reports(raw, ("a", "b"), warmup_s=0.0):
+        assert (camera.n_missing, camera.n_late) == (0, 0)
+        assert camera.n_expected == camera.n_used - 1 >= 58
+
+
+def test_camera_reports_frames_that_come_late_are_not_lost():
+    """Ten milliseconds after it was due a look was in vain, and then it came."""
+    raw = beside_each_other([])
+    late = [10, 20]
+    raw.stamps["t_looked_ns"] = 0
+    raw.stamps["looked_idx"][late, 0] = late
+    for j in late:
+        raw.stamps["t_started_ns"][j] += 12 * MS
+        raw.stamps["t_looked_ns"][j] = raw.stamps["t_started_ns"][j] - MS
+    good, bad = camera_reports(raw, ("a", "b"), warmup_s=0.0)
+    assert (good.n_missing, good.n_late) == (0, 0), "its frame was there at the look"
+    assert (bad.n_missing, bad.n_late) == (0, 2)
+
+
+def camera_verdict(n_missing, n_expected):
+    camera = CameraReport(
+        name="cam", clock="sim", n_made=1000, n_used=900, period_ms=33.3, n_expected=n_expected,
+        n_missing=n_missing, n_late=0, transport_ms=None,
+    )  # fmt: skip
+    return _camera(camera)
+
+
+@pytest.mark.parametrize(
+    ("n_missing", "n_expected", "level"), [(2, 60, "good"), (30, 900, "warn"), (1, 900, "good")]
+)
+def test_camera_verdict_warns_where_the_whole_interval_is_above_one_percent(
+    n_missing, n_expected, level
+):
+    assert camera_verdict(n_missing, n_expected).level == level
+
+
+def test_chunk_table_golden_run_is_the_cold_call():
+    """The golden run of the preflight came first and had no stamp.
+
+    So "the first prediction took 65 ms, 2.1 times the usual" was said of a call that was warm.
+    """
+    raw = Story().raw()
+    raw.stamps["chunk_idx"][:3] = (-1, -2, -3)
+    raw.stamps["n_cameras"][0] = 0
+    table = chunk_table(raw, SPEC, warmup_s=0.0)
+    assert list(table.phase[:3]) == [0, 1, 1]
+    assert np.isnan(table.frame_to_chunk[0])
+    assert not np.isnan(table.predict[0])
+    assert np.isnan(table.segment("transport")[0])
+    assert not np.isnan(table.segment("transport")[1])
 
 
 # -- files
@@ -251,7 +465,8 @@ def test_report_survives_json_and_page_holds_it(tmp_path):
         (b"[]", "is no report"),
         (b'{"schema": "gwp-edge.run", "schema_version": 1}', "gwp-edge.run"),
         (b'{"schema": "gwp-edge.profile", "schema_version": 99}', "99"),
-        (b'{"schema": "gwp-edge.profile", "schema_version": 2}', "measure again"),
+        (b'{"schema": "gwp-edge.profile", "schema_version": 2}', "version 2"),
+        (b'{"schema": "gwp-edge.profile", "schema_version": 3}', "measure again"),
     ],
 )
 def test_read_report_of_something_else_is_refused(tmp_path, content, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import typer
 from trace_rules import broken_rules
@@ -17,9 +19,13 @@ from trace_rules import broken_rules
 pytest.importorskip("torch")
 pytestmark = pytest.mark.export
 
+from gwp_edge.chunking import Guidance  # noqa: E402
 from gwp_edge.commands import profiling  # noqa: E402
 from gwp_edge.console import one_line_errors  # noqa: E402
+from gwp_edge.errors import SpecError  # noqa: E402
 from gwp_edge.machine_limits import GemmRate, Limits  # noqa: E402
+from gwp_edge.policy import load  # noqa: E402
+from gwp_edge.profiling.collect import random_observation  # noqa: E402
 from gwp_edge.profiling.compare import read_report  # noqa: E402
 from gwp_edge.shared_memory import SHM_DIR, unique_name  # noqa: E402
 
@@ -109,8 +115,15 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
     assert report.motor.longest_miss >= 2
     assert verdict(report, "motor").blames == "loop"
     assert report.phases["steady"]["frame to command"].n > 10
+    # The golden run is the first call of the engine, and the only cold one.
+    assert report.phases["cold"]["predict"].n == 1
+    assert report.phases["warm"]["predict"].n >= 3
+    # The kinematic robot draws a picture when it is asked for one.
+    assert report.cameras[0].transport_ms is None
+    assert "transport" not in report.phases["steady"]
+    assert report.phases["steady"]["processor time of predict"].n > 10
     assert "frame to command" in report.phases["steady"]
-    assert report.system.peaks["motor_rss_mb"] > 1
+    assert report.system.worst["motor_rss_mb"] > 1
     assert report.context.execution == "hard"
     assert report.cost.stamp_percent > 0
     trace = json.loads((tmp_path / "t.json").read_text())
@@ -119,6 +132,25 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
     assert {e["ph"] for e in events} == {"M", "X", "C", "s", "t", "f"}
     assert len(names) >= 2
     assert [n for n in names if (SHM_DIR / n).exists()] == []
+
+
+def test_policy_times_guidance_apart_from_preprocess(exported):
+    """Guidance was part of preprocess, and "guide" was whatever no stage accounts for."""
+    policy = load(exported("gwp05"), threads=1, check_golden=False)
+    try:
+        with pytest.raises(SpecError, match="no chunk"):
+            _ = policy.timing
+        policy.check_golden()
+        assert policy.timing.total_ns > 0, "the golden run is the cold one and must be timed"
+        observation = random_observation(policy.spec, np.random.default_rng(0), 0)
+        chunk = policy.predict(observation)
+        assert policy.timing.guide_ns == 0
+        policy.predict(observation, previous=chunk, guidance=Guidance(n_frozen_rows=2))
+        assert policy.timing.guide_ns > 0
+        parts = dataclasses.replace(policy.timing, guide_ns=0)
+        assert policy.timing.total_ns == parts.total_ns + policy.timing.guide_ns
+    finally:
+        policy.close()
 
 
 def test_profile_bad_words_are_refused_in_one_line(profile, exported, tmp_path):

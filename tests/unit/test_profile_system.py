@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 
 import pytest
@@ -82,7 +83,12 @@ class FakeSystem:
             "/sys/class/thermal/thermal_zone0/type": "gpu-thermal",
             "/sys/class/thermal/cooling_device0/cur_state": "2",
             "/sys/class/thermal/cooling_device0/type": "cpu-throttle",
-            "/sys/class/net/can0/statistics/tx_dropped": "3",
+            "/sys/class/net/right/type": "280\n",
+            "/sys/class/net/right/statistics/tx_dropped": "3",
+            "/sys/class/net/eth0/type": "1",
+            "/sys/class/net/eth0/statistics/tx_dropped": "4",
+            "/sys/class/thermal/thermal_zone1/temp": "55500",
+            "/sys/class/thermal/thermal_zone1/type": "gpu-thermal",
             "/sys/class/hwmon/hwmon0/name": "pwmfan",
             "/sys/class/hwmon/hwmon0/rpm": "2100",
             "/proc/7/smaps_rollup": "5-9 ---p [rollup]\nRss: 4 kB\nPss:  2048 kB\nPss_Dirty: 9 kB",
@@ -119,7 +125,10 @@ def test_system_sampler_reads_load_memory_heat_and_bus():
     assert second["cpu0_percent"] == pytest.approx(75.0)
     assert second["MemAvailable_mb"] == 2.0
     assert second["gpu-thermal_c"] == 45.5
-    assert second["can0_tx_dropped"] == 3
+    # The name of a bus is the user's; a network card is none.
+    assert second["right_tx_dropped"] == 3
+    assert not any(k.startswith("eth0") for k in second)
+    assert second["gpu-thermal_zone1_c"] == 55.5, "one of two zones of a type was overwritten"
     assert second["pwmfan_rpm"] == 2100
     assert first["motor_pss_mb"] == 2.0
     assert "motor_pss_mb" not in second, "PSS is dear: seconds must lie between two readings"
@@ -128,6 +137,42 @@ def test_system_sampler_reads_load_memory_heat_and_bus():
     assert second["motor_rss_mb"] > 0
     assert not any(k.startswith(("policy", "gone")) for k in second)
     assert found.throttled == ("cpu-throttle",)
+
+
+def test_system_sampler_adds_up_what_its_processes_started_and_leaves_burners_out():
+    """A simulated robot's world is its own work; a burner injected from here is another program."""
+    system = FakeSystem()
+    stat = "(w) S 7 1 1 0 -1 0 10 0 2 0 {} 0 0 0 20 0 1 0 5 9 256 0"
+    system.files["/proc/7/task/7/children"] = "20 30"
+    system.files["/proc/20/task/20/children"] = "21"
+    for pid in (20, 21, 30):
+        system.files[f"/proc/{pid}/stat"] = f"{pid} " + stat.format(100)
+    sampler = SystemSampler(system, jetson=False)
+    sampler.pids, sampler.foreign = {"motor": 7}, frozenset({30})
+    sampler.sample()
+    for pid, ticks in ((20, 103), (21, 104), (30, 190)):
+        system.files[f"/proc/{pid}/stat"] = f"{pid} " + stat.format(ticks)
+    sampler.sample()
+    elapsed_s = (sampler.samples().t_ns[1] - sampler.samples().t_ns[0]) / 1e9
+    ticks = sampler.newest["helpers_cpu_percent"] / 100 * os.sysconf("SC_CLK_TCK") * elapsed_s
+    assert ticks == pytest.approx(7.0)
+
+
+def test_system_sampler_counts_what_its_own_threads_and_processes_take(monkeypatch):
+    """On a Jetson tegrastats and jtop's thread do the work, and the profile did not count them."""
+    system = FakeSystem()
+    stat = "(t) S 1 1 1 0 -1 0 10 0 2 0 {} {} 0 0 20 0 1 0 5 9 256 0"
+
+    def start():
+        system.files["/proc/self/task/55/stat"] = "55 " + stat.format(20, 10)
+        system.files["/proc/66/stat"] = "66 " + stat.format(40, 30)
+        return types.SimpleNamespace(read=dict, pids=(66,), name="jtop", close=lambda: None)
+
+    system.files["/proc/self/task/54/stat"] = "54 " + stat.format(900, 900)
+    monkeypatch.setattr("gwp_edge.profiling.system_sampler.open_jetson_source", start)
+    sampler = SystemSampler(system)
+    sampler.sample()
+    assert sampler.helper_s == pytest.approx(100 / os.sysconf("SC_CLK_TCK"))
 
 
 def test_parse_tegrastats_reads_documented_fields():
