@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gwp_edge.commands.closed_loop import (
+    EngineChoice,
+    check_outputs,
+    make_report_context,
+    open_policies,
+    seconds_text,
+)
 from gwp_edge.commands.execution import find_execution
 from gwp_edge.commands.options import BundleArgument, EngineOption, ProviderOption, ThreadsOption
-from gwp_edge.console import progress_bars, remark, say_table, write_json
+from gwp_edge.console import EXIT_INTERRUPTED, progress_bars, remark, say_table, write_json
 
-SCHEMA = "gwp-edge/methods/1"
+if TYPE_CHECKING:
+    from gwp_edge.evaluation.evaluate import Evaluation
+    from gwp_edge.evaluation.options import EpisodeOptions
+
+SCHEMA = "gwp-edge/methods/2"
 _METHODS = ("soft", "hard", "identity", "naive", "ensemble", "sync")
 _LATENCIES_MS = (0.0, 100.0, 200.0, 400.0)
 
@@ -45,17 +56,52 @@ def methods(
 
     Example: gwp-edge bench methods policy.gwp --episodes 50 --latency-ms 200 --json methods.json
     """
+    import msgspec
+
     from gwp_edge.bundle import Bundle
-    from gwp_edge.evaluation.episode import ChunkPolicy, EpisodeOptions, check_fits
+    from gwp_edge.evaluation.episode import check_fits
     from gwp_edge.evaluation.evaluate import evaluate
     from gwp_edge.evaluation.tasks import find_task
-    from gwp_edge.policy import BundlePolicy, load
 
     chosen = find_task(task)
-    names = execution or list(_METHODS)
+    cells = _cells(execution or list(_METHODS), latency_ms or list(_LATENCIES_MS), replan_hz)
+    opened = Bundle.open(bundle)
+    check_fits(opened.spec, chosen)
+    check_outputs(json_file)
+    choice = EngineChoice(engine=engine, provider=provider, threads=threads)
+    document = {
+        "schema": SCHEMA,
+        "context": msgspec.to_builtins(make_report_context(opened, bundle, choice, None)),
+        "task": task,
+        "episodes": episodes,
+        "replan_hz": replan_hz,
+    }
+    rows: list[dict[str, Any]] = []
+    stage = "methods and latencies"
+    with open_policies(bundle, chosen.instructions, choice) as policies, progress_bars() as report:
+        for done, (name, options) in enumerate(cells):
+            report(stage, done, len(cells))
+            found = evaluate(name, policies, chosen, range(episodes), options)
+            if len(found.results) < len(policies) * episodes:
+                remark("interrupted; what follows is about the finished rows")
+                break
+            rows.append(_row(name, options, found))
+            if json_file is not None:  # after every row: the whole table takes an hour
+                write_json(json_file, {**document, "rows": rows})
+        else:
+            report(stage, len(cells), len(cells))
+    _say(rows, episodes * len(chosen.instructions))
+    if len(rows) < len(cells):
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _cells(
+    names: list[str], latencies_ms: list[float], replan_hz: float
+) -> list[tuple[str, EpisodeOptions]]:
+    from gwp_edge.evaluation.options import EpisodeOptions
+
     plans = [(name, find_execution(name)) for name in names]
-    latencies_ms = latency_ms or list(_LATENCIES_MS)
-    cells = [
+    return [
         (
             name,
             EpisodeOptions(
@@ -69,38 +115,16 @@ def methods(
         for ms in latencies_ms
         for name, (guidance, blend, synchronous) in plans
     ]
-    check_fits(Bundle.open(bundle).spec, chosen)
-    opened: list[BundlePolicy] = []
-    policies: dict[str, ChunkPolicy] = {}
-    rows: list[dict[str, Any]] = []
-    try:
-        for instruction in chosen.instructions:
-            policy = load(
-                bundle, engine=engine, task=instruction, threads=threads, provider=provider
-            )
-            opened.append(policy)
-            policies[instruction] = policy
-        with progress_bars() as report:
-            for done, (name, options) in enumerate(cells):
-                report("methods and latencies", done, len(cells))
-                found = evaluate(name, policies, chosen, range(episodes), options)
-                if len(found.results) < len(policies) * episodes:
-                    remark("interrupted; what follows is about the finished rows")
-                    break
-                summary = found.summaries()[-1]
-                rows.append({"method": name, "latency_ms": options.latency_ms, **asdict(summary)})
-            else:
-                report("methods and latencies", len(cells), len(cells))
-    finally:
-        for policy in opened:
-            policy.close()
-        if json_file is not None and rows:
-            document = {"schema": SCHEMA, "bundle": str(bundle), "task": task}
-            write_json(
-                json_file,
-                {**document, "episodes": episodes, "replan_hz": replan_hz, "rows": rows},
-            )
-    _say(rows, episodes * len(policies))
+
+
+def _row(name: str, options: EpisodeOptions, found: Evaluation) -> dict[str, Any]:
+    """Return a row of the report: summary of all episodes, and which failed and how."""
+    failed: dict[str, dict[str, list[int]]] = {}
+    for r in found.results:
+        if r.outcome != "success":
+            failed.setdefault(r.instruction, {}).setdefault(r.outcome, []).append(r.seed)
+    summary = asdict(found.summaries()[-1])
+    return {"method": name, "latency_ms": options.latency_ms, **summary, "failed_seeds": failed}
 
 
 def _say(rows: list[dict[str, Any]], n: int) -> None:
@@ -113,14 +137,10 @@ def _say(rows: list[dict[str, Any]], n: int) -> None:
                 row["method"],
                 f"{100 * row['success_rate']:.0f} % ({100 * row['success_low']:.0f} to "
                 f"{100 * row['success_high']:.0f})",
-                _seconds(row["time_to_success_p50_s"]),
+                seconds_text(row["time_to_success_p50_s"]),
                 f"{row['jerk_rms_rad_s3']:.0f}",
                 f"{100 * row['limited_share']:.0f} %",
             )
             for row in rows
         ],
     )
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -9,26 +9,23 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
-from gwp_edge.chunking import Guidance, Method, frozen_rows
+from gwp_edge.chunking import Guidance, frozen_rows
 from gwp_edge.drivers import piper_model
 from gwp_edge.drivers.sim_world import SimWorld
 from gwp_edge.errors import SpecError
+from gwp_edge.evaluation.options import TICK_NS, EpisodeOptions
 from gwp_edge.evaluation.tasks import Outcome, TouchTask
 from gwp_edge.safety import Limiter
-from gwp_edge.schedule import Acceptance, Blend, Schedule
+from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Chunk, Float32Array, FloatArray, Frame, ImageArray, Observation
 
-Ablation = Literal["none", "blank-cameras", "swapped-prompt"]
-
-TICK_NS: Final = 5_000_000
 _T0_NS: Final = 1_000_000_000  # the schedule takes 0 for "no observation yet"
 _MARGIN_NS: Final = 20_000_000
-_MAX_DELAY_MS: Final = 2000.0
 _N_PICTURES: Final = 64
 _GREY: Final = 128
 
@@ -54,40 +51,6 @@ class ChunkPolicy(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpisodeOptions:
-    """How chunks are executed, and what is disturbed.
-
-    Attributes:
-        guidance: method inside the denoising loop.
-        blend: between plans.
-        synchronous: plan, execute all of it, stand, plan again.
-        replan_hz: new chunks per second, at most.
-        lead_ms: how far ahead to command.
-        latency_ms: simulated time from observation to chunk.
-        latency_jitter_ms: uniform, added to it.
-        camera_delay_ms: how old pictures are when they arrive; the state is fresh.
-        ablation: what is taken from the policy.
-    """
-
-    guidance: Method = "soft"
-    blend: Blend = "seam"
-    synchronous: bool = False
-    replan_hz: float = 5.0
-    lead_ms: float = 0.0
-    latency_ms: float = 0.0
-    latency_jitter_ms: float = 0.0
-    camera_delay_ms: float = 0.0
-    ablation: Ablation = "none"
-
-    def __post_init__(self) -> None:
-        for name in ("lead_ms", "latency_ms", "latency_jitter_ms", "camera_delay_ms"):
-            if not 0.0 <= getattr(self, name) <= _MAX_DELAY_MS:
-                raise SpecError(f"{name}: expected 0 to {_MAX_DELAY_MS:g} ms")
-        if not 0.1 <= self.replan_hz <= 1e9 / TICK_NS:
-            raise SpecError(f"replan_hz: expected 0.1 to {1e9 / TICK_NS:g}, got {self.replan_hz}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EpisodeResult:
     """How one episode went.
 
@@ -98,6 +61,8 @@ class EpisodeResult:
         time_s: until it ended, from the first observation.
         n_chunks: plans that were taken over.
         limited_share: ticks in which the limiter changed the command.
+        withheld_p50_rad: by how much it did, median over ticks of the largest joint difference.
+        withheld_p99_rad: the same at the 99th percentile.
         tool_path_m: way of the tool.
         directness: straight line from the tool's start to its end over its way, 0 to 1.
         jerk_rms_rad_s3: of the commanded joints.
@@ -110,6 +75,8 @@ class EpisodeResult:
     time_s: float
     n_chunks: int
     limited_share: float
+    withheld_p50_rad: float
+    withheld_p99_rad: float
     tool_path_m: float
     directness: float
     jerk_rms_rad_s3: float
@@ -163,7 +130,7 @@ class EpisodeRunner:
         delayed = options.camera_delay_ms > 0
         self._viewer = task.open_world(spec.cameras) if delayed else self._world
         n_past = round(options.camera_delay_ms * 1e6 / TICK_NS)
-        self._past: deque[FloatArray] = deque(maxlen=n_past + 1)
+        self._past: deque[tuple[FloatArray, FloatArray]] = deque(maxlen=n_past + 1)
         self._limits = piper_model.joint_limits(task.n_arms)
 
     def close(self) -> None:
@@ -221,15 +188,18 @@ class EpisodeRunner:
         return schedule, limiter
 
     def remember(self) -> None:
-        """Keep the present configuration for delayed pictures."""
-        self._past.append(self._world.qpos)
+        """Keep what the world and the arm's state are now, for observations that come late."""
+        self._past.append((self._world.qpos, self._world.position))
 
     def observe(self, now_ns: int, frame_idx: int) -> Observation:
-        """Return pictures, as old as asked, and the present state."""
-        age_ns = 0
+        """Return pictures as old as asked, and the arm's state of the same moment.
+
+        A run does the same: its observer takes the state at the oldest picture's time.
+        """
+        qpos, position = self._past[0]
+        age_ns = (len(self._past) - 1) * TICK_NS
         if self._viewer is not self._world:
-            self._viewer.set_qpos(self._past[0])
-            age_ns = (len(self._past) - 1) * TICK_NS
+            self._viewer.set_qpos(qpos)
         frames = []
         for camera in self._spec.cameras:
             image = self._viewer.render(camera)
@@ -244,7 +214,7 @@ class EpisodeRunner:
                     frame_idx=frame_idx,
                 )
             )
-        return Observation(frames=tuple(frames), state=self._world.position, t_state_ns=now_ns)
+        return Observation(frames=tuple(frames), state=position, t_state_ns=now_ns - age_ns)
 
 
 class _Episode:
@@ -268,6 +238,7 @@ class _Episode:
         self._coming: Chunk | None = None
         self._t_ready_ns = self._t_next_ns = _T0_NS
         self._n_asked = self._n_chunks = self._n_limited = 0
+        self._withheld_rad: list[float] = []
         self._commands: list[FloatArray] = []
         self._tool: list[FloatArray] = []
         self._pictures: list[ImageArray] = []
@@ -279,8 +250,10 @@ class _Episode:
         while outcome == "running":
             self._runner.remember()
             self._plan(now_ns)
-            command = self._limiter.step(self._schedule.sample(now_ns)).copy()
+            target = self._schedule.sample(now_ns)
+            command = self._limiter.step(target).copy()
             self._n_limited += any(self._limiter.flags)
+            self._withheld_rad.append(float(np.abs(target - command)[: piper_model.N_JOINTS].max()))
             self._commands.append(command)
             self._tool.append(world.tool_pose()[:3, 3].copy())
             now_ns += TICK_NS
@@ -337,6 +310,7 @@ class _Episode:
         straight_m = float(np.linalg.norm(way[-1] - way[0]))
         jerk = np.diff(np.array(self._commands)[:, : piper_model.N_JOINTS], n=3, axis=0)
         jerk_rad_s3 = jerk / (TICK_NS / 1e9) ** 3
+        p50_rad, p99_rad = np.percentile(self._withheld_rad, (50, 99))
         return EpisodeResult(
             seed=self._seed,
             instruction=self._instruction,
@@ -344,6 +318,8 @@ class _Episode:
             time_s=time_s,
             n_chunks=self._n_chunks,
             limited_share=self._n_limited / len(self._commands),
+            withheld_p50_rad=float(p50_rad),
+            withheld_p99_rad=float(p99_rad),
             tool_path_m=length_m,
             directness=straight_m / length_m if length_m > 0 else 0.0,
             jerk_rms_rad_s3=float(np.sqrt(np.mean(jerk_rad_s3**2))) if len(jerk) else 0.0,

@@ -90,6 +90,15 @@ class TouchTask:
                 f"{', '.join(map(repr, self.instructions))}"
             ) from e
 
+    def opposite_of(self, instruction: str) -> str:
+        """Return the instruction that names the other cube.
+
+        Raises:
+            SpecError: the task does not know the instruction.
+        """
+        named = self.cube_of(instruction)
+        return next(text for text, cube in self.instructions.items() if cube != named)
+
     def outcome(self, world: SimWorld, instruction: str) -> Outcome:
         """Judge the present moment; ask after every control step."""
         named = self.cube_of(instruction)

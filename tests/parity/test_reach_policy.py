@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.cli import app
-from gwp_edge.evaluation.episode import Ablation, EpisodeOptions
 from gwp_edge.evaluation.evaluate import Summary, evaluate
+from gwp_edge.evaluation.options import Ablation, EpisodeOptions
 from gwp_edge.evaluation.tasks import TouchTask
 from gwp_edge.export.pipeline import ExportOptions, export_bundle
 from gwp_edge.policy import load

@@ -13,7 +13,13 @@ from gwp_edge.chunking import Guidance
 from gwp_edge.drivers import piper_model
 from gwp_edge.drivers.sim_model import CUBE_HALF_M, READY
 from gwp_edge.errors import SpecError
-from gwp_edge.evaluation.statistics import compare_pairs, mcnemar_p, wilson_interval
+from gwp_edge.evaluation.statistics import (
+    agresti_min_interval,
+    compare_pairs,
+    design_effect,
+    sign_flip_p,
+    wilson_interval,
+)
 from gwp_edge.evaluation.tasks import FIRST_DEMONSTRATION_SEED, TouchTask, find_task
 from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import (
@@ -43,12 +49,55 @@ def test_wilson_interval_of_impossible_counts_is_refused() -> None:
         wilson_interval(4, 3)
 
 
-def test_mcnemar_is_the_two_sided_binomial_test() -> None:
-    assert mcnemar_p(0, 0) == 1.0
-    assert mcnemar_p(5, 0) == pytest.approx(2 / 2**5)
-    assert mcnemar_p(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
-    assert mcnemar_p(8, 2) == mcnemar_p(2, 8)
-    assert mcnemar_p(4, 4) == 1.0
+def test_paired_interval_equals_published_values_and_is_never_of_width_zero() -> None:
+    # Cavo et al. (2012) in Fagerland et al., "Statistical Analysis of Contingency Tables", 8.3:
+    # 6 and 16 discordant of 161 pairs, -0.0621 (-0.1182 to -0.0045).
+    assert agresti_min_interval(16, 6, 161) == pytest.approx((-0.1182, -0.0045), abs=5e-5)
+    low, high = agresti_min_interval(0, 0, 200)
+    assert high == -low == pytest.approx(1.959964 / 202, abs=1e-6)
+    assert agresti_min_interval(0, 3, 3)[1] == 1.0  # the formula alone would go beyond
+
+
+def test_no_discordant_pair_leaves_an_interval() -> None:
+    """The bootstrap gave +0.0 to +0.0 here, as if two runs of 100 episodes proved equality."""
+    same = compare_pairs([True] * 90 + [False] * 10, [True] * 90 + [False] * 10)
+    assert (same.n_only_first, same.n_only_second, same.difference) == (0, 0, 0.0)
+    assert same.low == pytest.approx(-0.0192, abs=1e-4)
+    assert same.is_within(0.02)
+    assert not same.is_within(0.01)
+    assert not compare_pairs([True] * 10, [True] * 10).is_within(0.03)
+
+
+def test_sign_flips_of_single_pairs_are_mcnemar_s_exact_test() -> None:
+    assert sign_flip_p([]) == sign_flip_p([0, 0]) == 1.0
+    assert sign_flip_p([-1] * 5) == pytest.approx(2 / 2**5)
+    assert sign_flip_p([1] * 8 + [-1] * 2) == pytest.approx(2 * (1 + 10 + 45) / 2**10)
+    assert sign_flip_p([-1] * 8 + [1] * 2 + [0]) == sign_flip_p([1] * 8 + [-1] * 2)
+    assert sign_flip_p([1, -1] * 4) == 1.0
+    # Sums of +-2 +-2 +-1: 5, 3, 1, 1 and their opposites; only 5 is as far as 5.
+    assert sign_flip_p([2, 2, 1]) == pytest.approx(2 / 8)
+
+
+def test_episodes_that_share_a_seed_count_for_fewer() -> None:
+    seeds = [*range(20), *range(20)]
+    alike = [True] * 10 + [False] * 10
+    # Twins say nothing new: 40 values are worth 20, up to the n - 1 of the two estimates.
+    assert design_effect([*alike, *alike], seeds) == pytest.approx(2.0, rel=0.06)
+    assert design_effect([*alike, *alike], range(40)) == pytest.approx(1.0)
+    # Opposites would even count for more; they are not allowed to.
+    assert design_effect([*alike, *(not x for x in alike)], seeds) == 1.0
+    assert design_effect([True] * 40, seeds) == 1.0
+
+    first, second = [True] * 40, [*([False] * 4 + [True] * 16)] * 2
+    own, shared = compare_pairs(first, second), compare_pairs(first, second, seeds)
+    assert own.difference == shared.difference == pytest.approx(-0.2)
+    assert shared.low < own.low
+    assert shared.high > own.high
+    assert own.p == pytest.approx(2 / 2**8)
+    assert shared.p == pytest.approx(2 / 2**4)
+    assert (own.verdict, shared.verdict) == ("worse", "no difference shown")
+    with pytest.raises(SpecError, match="a seed for each of 2 episodes, got 1"):
+        compare_pairs([True, True], [True, True], [0])
 
 
 def test_pairs_with_a_clear_difference_are_judged_and_others_are_not() -> None:
@@ -60,7 +109,7 @@ def test_pairs_with_a_clear_difference_are_judged_and_others_are_not() -> None:
     assert worse.verdict == "worse"
     same = compare_pairs(first, [True] * 39 + [False] + [True] + [False] * 9)
     assert same.difference == 0
-    assert same.low <= 0 <= same.high
+    assert same.low < 0 < same.high
     assert same.verdict == "no difference shown"
     assert compare_pairs(first, [True] * 50).verdict == "better"
     with pytest.raises(SpecError, match="equally many"):
@@ -202,7 +251,8 @@ class TestEpisodes:
         pytest.importorskip("mujoco")
 
     def _run(self, policy: Oracle, instruction: str, seed: int, **options: object):  # type: ignore[no-untyped-def]
-        from gwp_edge.evaluation.episode import EpisodeOptions, EpisodeRunner
+        from gwp_edge.evaluation.episode import EpisodeRunner
+        from gwp_edge.evaluation.options import EpisodeOptions
 
         runner = EpisodeRunner(
             TouchTask(), policy.spec, EpisodeOptions(**options), keep_pictures=False
@@ -247,17 +297,26 @@ class TestEpisodes:
         gaps = np.diff([o.t_state_ns for o, _ in asked.asked])
         assert (gaps == 400_000_000).all()
 
-    def test_camera_delay_ages_pictures_and_not_the_state(self) -> None:
+    def test_camera_delay_ages_the_whole_observation(self) -> None:
+        """Pictures of the past came with the state of the present, which no run pairs.
+
+        ``run`` takes the arm's state at the oldest picture's time (``gwp_edge.observe``), so a
+        late picture makes a late observation, not a contradictory one.
+        """
         delayed = Oracle(_spec(), "red_cube", 1)
-        self._run(delayed, RED, 1, camera_delay_ms=100.0)
+        self._run(delayed, RED, 1, camera_delay_ms=100.0, replan_hz=10.0)
         fresh = Oracle(_spec(), "red_cube", 1)
-        self._run(fresh, RED, 1)
-        assert [o.t_state_ns - o.t_observed_ns for o, _ in delayed.asked][:2] == [0, 100_000_000]
+        self._run(fresh, RED, 1, replan_hz=10.0)
+        assert all(o.t_state_ns == o.t_observed_ns for o, _ in delayed.asked)
         assert all(o.t_state_ns == o.t_observed_ns for o, _ in fresh.asked)
-        # 200 ms in, the arm moves: what is seen is where it was 100 ms before.
-        with_delay, without = delayed.asked[1][0], fresh.asked[1][0]
-        np.testing.assert_allclose(with_delay.state, without.state, atol=1e-9)
-        assert (with_delay.frames[0].image != without.frames[0].image).any()
+        # Both plan at 0, 100, 200 ms...; the first plans are one and the same, so at 100 ms the
+        # arm has done the same, and the delayed run sees it at 200 ms.
+        late, seen = delayed.asked[2][0], fresh.asked[1][0]
+        assert late.t_state_ns == seen.t_state_ns
+        np.testing.assert_array_equal(late.state, seen.state)
+        np.testing.assert_array_equal(late.frames[0].image, seen.frames[0].image)
+        assert (late.state != delayed.asked[0][0].state).any()
+        assert delayed.asked[2][0].frames[0].t_received_ns - late.t_observed_ns == 100_000_000
 
     def test_blank_cameras_show_nothing(self) -> None:
         policy = Blind(_spec(), "red_cube", 0)
@@ -300,8 +359,8 @@ class TestEpisodes:
             check_fits(_spec(**changes), TouchTask())
 
     def test_report_counts_compares_and_shows_failures(self, tmp_path: Path) -> None:
-        from gwp_edge.evaluation.episode import EpisodeOptions
         from gwp_edge.evaluation.evaluate import evaluate, write_failures
+        from gwp_edge.evaluation.options import EpisodeOptions
 
         options = EpisodeOptions()
         good = evaluate("good", {RED: Oracle(_spec(), "red_cube", 5)}, TouchTask(), [5], options)
@@ -324,8 +383,8 @@ class TestEpisodes:
         assert write_failures(good, tmp_path) == []
 
     def test_seeds_of_demonstrations_are_refused(self) -> None:
-        from gwp_edge.evaluation.episode import EpisodeOptions
         from gwp_edge.evaluation.evaluate import evaluate
+        from gwp_edge.evaluation.options import EpisodeOptions
 
         with pytest.raises(SpecError, match="demonstrations"):
             evaluate(
