@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,8 +41,23 @@ app = typer.Typer(
 )
 
 
+# What is asked of a robot means nothing to the engine alone.
+_OF_ROBOT = (
+    "replan_hz",
+    "motor_hz",
+    "dry_run",
+    "realtime",
+    "execution",
+    "lead_ms",
+    "warm_start",
+    "rerun",
+    "skip_check",
+)
+
+
 @app.command("run")
 def profile(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")] = Path("policy.gwp"),
     robot: Annotated[
         str | None,
@@ -110,9 +126,9 @@ def profile(
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
-    for path in (json_file, html, trace):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise SpecError(f"{path}: folder {path.resolve().parent} does not exist")
+    _check_targets(json_file, html, trace)
+    if robot is None:
+        _refuse_robot_options(context)
     disturbances: Disturbances = parse_disturbances(disturb or ())
     options = ProfileOptions(
         duration_s=duration,
@@ -124,8 +140,6 @@ def profile(
     )
     exit_code = 0
     if robot is None:
-        if rerun is not None:
-            raise SpecError("--rerun shows a robot: add --robot")
         report, raws = _engine_alone(bundle, options, engine, provider, threads, task)
     else:
         given = RobotRun(
@@ -143,10 +157,42 @@ def profile(
             rerun=rerun,
         )
         report, raws, exit_code = profile_on_robot(given, spec, options)
-    _write(report, raws, spec, json_file, html, trace)
+    # Said first: a full disk must not take the figures with it.
     say_report(report)
+    _write(report, raws, spec, json_file, html, trace)
     if exit_code:
         raise typer.Exit(exit_code)
+
+
+def _check_targets(*paths: Path | None) -> None:
+    """Find out before the measurement what would fail after it.
+
+    Raises:
+        SpecError: a file cannot go there, or two of them are one.
+    """
+    given = [path.resolve() for path in paths if path is not None]
+    for path in given:
+        if not path.parent.is_dir():
+            raise SpecError(f"{path}: folder {path.parent} does not exist")
+        if path.is_dir():
+            raise SpecError(f"{path}: is a folder; name a file in it")
+        if not os.access(path.parent, os.W_OK):
+            raise SpecError(f"{path}: folder {path.parent} cannot be written")
+        if given.count(path) > 1:
+            raise SpecError(f"{path}: was named for two files")
+
+
+def _refuse_robot_options(context: typer.Context) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        SpecError: an option concerns a robot, and there is none.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name in _OF_ROBOT and source is not None and source.name == "COMMANDLINE":
+            raise SpecError(f"{parameter.opts[0]} concerns a robot: add --robot")
 
 
 def _engine_alone(

@@ -28,6 +28,7 @@ from gwp_edge.runtime import Watcher, run
 from gwp_edge.telemetry import RunSummary
 
 Progress = Callable[[str, int, int], None]
+_MAX_S = 7 * 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,13 @@ class ProfileOptions:
     disturbances: Disturbances = dataclasses.field(default_factory=Disturbances)
 
     def __post_init__(self) -> None:
-        if not (self.duration_s > 0 and self.warmup_s >= 0 and self.repeat >= 1):
-            raise SpecError("expected --duration above 0, --warmup not below 0, --repeat from 1 on")
+        for name, value_s in (("--duration", self.duration_s), ("--warmup", self.warmup_s)):
+            if not 0 <= value_s <= _MAX_S:  # neither inf nor NaN is
+                raise SpecError(f"{name}: expected 0 to {_MAX_S:.0f} s, got {value_s:g}")
+        if self.duration_s == 0:
+            raise SpecError("--duration: expected more than 0 s")
+        if self.repeat < 1:
+            raise SpecError(f"--repeat: expected 1 or more, got {self.repeat}")
 
 
 def profile_engine(

@@ -134,6 +134,25 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
     assert [n for n in names if (SHM_DIR / n).exists()] == []
 
 
+def test_profile_whose_file_cannot_be_written_still_prints_its_table(
+    profile, exported, tmp_path, monkeypatch
+):
+    """Files were written first, so a full disk took the figures of the whole run with it."""
+
+    def full(path, write):
+        raise SpecError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(profiling, "write_file", full)
+    code, out, err = profile(
+        exported("gwp05"), "--duration", "0.2", "--warmup", "0", "--threads", "1", "--json",
+        tmp_path / "p.json",
+    )  # fmt: skip
+    assert code == 1
+    assert "No space left" in err
+    assert "steady, ms" in out
+    assert "Verdict" in out
+
+
 def test_policy_times_guidance_apart_from_preprocess(exported):
     """Guidance was part of preprocess, and "guide" was whatever no stage accounts for."""
     policy = load(exported("gwp05"), threads=1, check_golden=False)
@@ -161,6 +180,14 @@ def test_profile_bad_words_are_refused_in_one_line(profile, exported, tmp_path):
         (("--json", tmp_path / "no" / "p.json"), "does not exist"),
         (("--task", "juggle"), "not in this bundle"),
         (("--duration", "0"), "--duration"),
+        (("--duration", "nan"), "--duration"),
+        (("--duration", "inf"), "--duration"),
+        (("--warmup", "inf"), "--warmup"),
+        (("--json", tmp_path), "is a folder"),
+        (("--html", tmp_path / "a", "--trace", tmp_path / "a"), "two files"),
+        (("--execution", "soft"), "--execution concerns a robot: add --robot"),
+        (("--motor-hz", "5"), "--motor-hz concerns a robot"),
+        (("--dry-run",), "--dry-run concerns a robot"),
         (("--rerun", tmp_path / "a.rrd"), "add --robot"),
         (("--robot", "kinematic", "--execution", "later"), "--execution later"),
     ):
