@@ -17,6 +17,8 @@ VENV ?= .venv
 PYTHON ?= $(shell scripts/find-python.sh)
 TORCH_INDEX ?=
 SKIP_SYSTEM_PACKAGES ?=
+# A Jetson's environment sees the system's TensorRT and has no torch: scripts/jetson-setup.sh makes it.
+GWP_VENV ?= $(HOME)/gwp-edge-venv
 EXTRAS := export,sim,realsense,piper,rerun,examples,dev
 
 BIN := $(VENV)/bin
@@ -81,8 +83,11 @@ demo: setup ## a small trained policy to INT8, and onto a simulated arm that tou
 		--task 'touch the blue cube' --duration 6 --record build/demo/session
 	@$(BIN)/python -W ignore examples/reach/show.py build/demo/session build/demo/reach.png
 
-hil: setup ## hardware tests that GWP_HIL names; results go to a dated JSON file
-	@$(BIN)/python scripts/hil.py
+hil: ## hardware tests that GWP_HIL names, in GWP_VENV; results go to a dated JSON file
+	@test -x '$(GWP_VENV)/bin/python' || { \
+		echo 'hil: there is no $(GWP_VENV): run scripts/jetson-setup.sh --apply, or name another GWP_VENV=DIR' >&2; \
+		exit 1; }
+	@'$(GWP_VENV)/bin/python' scripts/hil.py
 
 wheel: setup ## build/dist/*.whl, from a clean copy of the sources
 	@$(BIN)/python scripts/build_wheel.py build/dist

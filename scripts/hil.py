@@ -1,9 +1,11 @@
 """Run the tests that need hardware, and write what they found as a dated JSON.
 
     GWP_HIL=jetson,gpu,bundle GWP_HIL_BUNDLE=policy.gwp python scripts/hil.py
+    python scripts/hil.py --table build/hil/hil-DATE.json        # into README.md
 
 The list is tests/hil/tests.toml. A test whose needs are not all named in GWP_HIL is skipped and
-says so. Exit code 0 only if nothing failed and something ran.
+says so. Exit code 0 only if nothing failed and something ran; a test program that skipped all of
+its cases has failed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +36,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "hil" / "tests.toml"
 NEEDS = frozenset({"jetson", "gpu", "bundle", "can", "realsense", "arm"})
 _TAIL_LINES = 20
+SCHEMA = "gwp-edge.hil"
+SCHEMA_VERSION = 1
 
 
 class HilTest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +102,8 @@ def _command(test: HilTest, bundle: str, result: Path) -> tuple[str, ...]:
             words += [sys.executable, "-m", "gwp_edge.cli"]
         else:
             words.append(places.get(word, word))
+    if "pytest" in words:
+        words.append(f"--junit-xml={result}")
     return tuple(words)
 
 
@@ -138,6 +145,8 @@ def run_test(test: HilTest, bundle: str) -> Outcome:
 
 def _result(test: HilTest, output: str, place: Path) -> tuple[Any, str]:
     """Return what a test found as JSON, and what is wrong with it."""
+    if "pytest" in test.command:
+        return _cases(place)
     if not test.result:
         return None, ""
     try:
@@ -145,6 +154,22 @@ def _result(test: HilTest, output: str, place: Path) -> tuple[Any, str]:
         return json.loads(text), ""
     except ValueError:
         return None, "it printed no JSON"
+
+
+def _cases(place: Path) -> tuple[dict[str, int] | None, str]:
+    """Return how many cases pytest ran, and a problem where all of them were skipped."""
+    try:
+        # Written by the program that was just started.
+        suites = list(ET.parse(place).getroot().iter("testsuite"))
+    except (OSError, ET.ParseError):
+        return None, "pytest wrote no report"
+    names = ("tests", "skipped", "failures", "errors")
+    counts = {name: sum(int(suite.get(name, "0")) for suite in suites) for name in names}
+    if counts["tests"] > counts["skipped"]:
+        return counts, ""
+    reasons = [x.get("message", "") for suite in suites for x in suite.iter("skipped")]
+    why = reasons[0] if reasons else "no case was found"
+    return counts, f"none of {counts['tests']} cases ran: {why}"
 
 
 def run_all(
@@ -171,12 +196,43 @@ def run_all(
     return outcomes
 
 
+def _write_table(records: Sequence[Path], readme: Path) -> int:
+    # Beside this file, and found there however this file was started.
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from hil_table import rewrite_block, table
+
+    try:
+        text = table([_read_record(path) for path in records])
+        rewrite_block(readme, text)
+    except GwpError as e:
+        sys.stderr.write(f"hil: {e}\n")
+        return 2
+    sys.stdout.write(f"{readme}: {len(records)} records\n")
+    return 0
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise SpecError(f"{path}: {e}") from e
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise SpecError(f"{path}: is not a record of scripts/hil.py")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise SpecError(f"{path}: schema {record.get('schema_version')}, expected {SCHEMA_VERSION}")
+    return record
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description="Run the hardware tests.")
     parser.add_argument("--out", type=Path, default=Path("build/hil"), help="folder of records")
     parser.add_argument("--list", action="store_true", help="print the list and what is missing")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="make README's table")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="where it goes")
     options = parser.parse_args(arguments)
+    if options.table:
+        return _write_table(options.table, options.readme)
     named = frozenset(x.strip() for x in os.environ.get("GWP_HIL", "").split(",") if x.strip())
     try:
         if named - NEEDS:
@@ -195,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     outcomes = run_all(tests, named, os.environ)
     record = {
-        "schema": "gwp-edge.hil",
-        "schema_version": 1,
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
         "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "hil": sorted(named),
         "machine": msgspec.to_builtins(describe_machine()),

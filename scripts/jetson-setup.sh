@@ -53,8 +53,11 @@ else
     do_it python3 -m venv --system-site-packages "$venv"
 fi
 # PyCUDA is compiled against the CUDA of this JetPack, so nvcc must be found.
+# Before 2025.1.2 it does not build on JetPack 7's CUDA 13 (PyCUDA's issue 485).
 do_it env PATH="/usr/local/cuda/bin:$PATH" "$venv/bin/python" -m pip install \
-    "$here" "pycuda>=2024.1" pyrealsense2 "piper-sdk>=0.6.2,<0.7" "python-can>=4.3,<5"
+    "$here" "pycuda>=2025.1.2" pyrealsense2 "piper-sdk>=0.6.2,<0.7" "python-can>=4.3,<5"
+say "  what the hardware tests (make hil) need beside it"
+do_it "$venv/bin/python" -m pip install -c "$here/constraints.txt" pytest hypothesis
 
 say "3. real-time permission and locked memory for the group of this user"
 user="$(id -un)"
@@ -73,12 +76,19 @@ if ! modinfo gs_usb >/dev/null 2>&1; then
     say "  this kernel has no gs_usb: build the module (docs/jetson.md, CAN adapter)"
 fi
 
-say "5. not done here, as it changes how the machine runs or may restart it:"
+say "5. cameras: rules of librealsense, of the release that pyrealsense2 has"
+say "  \$ release=\$($venv/bin/pip show pyrealsense2 | sed -n 's/^Version: \([0-9]*\.[0-9]*\.[0-9]*\).*/\1/p')"
+say "  \$ curl -fLO https://raw.githubusercontent.com/realsenseai/librealsense/v\$release/config/99-realsense-libusb.rules"
+say "  read them, then"
+say "  \$ sudo install -m 644 99-realsense-libusb.rules /etc/udev/rules.d/"
+say "  \$ sudo udevadm control --reload-rules && sudo udevadm trigger"
+
+say "6. not done here, as it changes how the machine runs or may restart it:"
 say "  \$ sudo nvpmodel -q; sudo nvpmodel -m ID      power mode; the default costs up to 4x"
 say "  \$ sudo jetson_clocks                          hold the clocks; after each start"
 say "  \$ sudo ip link set can_left type can bitrate 1000000 restart-ms 100 berr-reporting on"
 say "  \$ sudo ip link set can_left txqueuelen 64 up"
-say "  swap on NVMe, if a build is refused for memory (docs/jetson.md, memory)"
+say "  swap on NVMe, if a build is refused for memory (docs/jetson.md, swap)"
 
-say "6. check: $venv/bin/gwp-edge doctor"
+say "7. check: $venv/bin/gwp-edge doctor"
 if ((apply)); then say "log out and in, so that the limits of step 3 hold"; fi

@@ -1,48 +1,91 @@
 """The engine contract on TensorRT; needs a GPU: pytest -m gpu. Not yet run on hardware.
 
-Engines are built here, so this takes minutes.
+Engines are built here, so this takes minutes. Without torch to export with, GWP_TEST_BUNDLES names
+a folder of bundles made elsewhere (scripts/make-test-bundles.sh).
 """
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pycuda", reason="needs PyCUDA and a GPU")
 
-from engine_suite import ChunkSuite, EngineSuite
+from engine_suite import TOLERANCE, ChunkSuite, EngineSuite
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.errors import GwpError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.export]
+pytestmark = [pytest.mark.gpu]
+
+DATASET = Path(__file__).resolve().parents[1] / "data" / "dataset"
+# Random weights: their quantization error is no matter here, agreement with the reference is.
+QUANTIZED = {
+    "calibration": DATASET,
+    "samples": 8,
+    "observer": "minmax",
+    "smoothing": False,
+    "rest": "fp16",
+    "max_error_rad": None,
+    "max_error_m": None,
+}
+EXPORTED = [
+    ("gwp05", "fp32", {}),
+    ("gwp0", "fp32", {}),
+    ("gwp05", "fp16", {}),
+    ("gwp05", "int8", QUANTIZED),
+    ("gwp0", "int8", QUANTIZED),
+    ("gwp05", "fp8", QUANTIZED),
+]
+FOLDER = os.environ.get("GWP_TEST_BUNDLES")
+CASES = sorted(Path(FOLDER).glob("*.gwp")) if FOLDER else EXPORTED
+_FP8_SINCE = (8, 9)
 
 
-def _why_not() -> str | None:
-    from gwp_edge.engines.trt_device import PrimaryContext
-
-    try:
-        PrimaryContext().close()
-    except GwpError as e:
-        return str(e)
-    return None
+def _name(case) -> str:
+    return case.stem if isinstance(case, Path) else "-".join(case[:2])
 
 
 @pytest.fixture(scope="session")
-def gpu() -> None:
-    reason = _why_not()
-    if reason is not None:
-        pytest.skip(reason)
+def capability() -> tuple[int, int]:
+    from gwp_edge.engines.trt_device import PrimaryContext
+
+    try:
+        context = PrimaryContext()
+    except GwpError as e:
+        pytest.skip(str(e))
+    try:
+        return context.facts().capability
+    finally:
+        context.close()
 
 
-@pytest.fixture(params=[("gwp05", "fp32"), ("gwp0", "fp32"), ("gwp05", "fp16")], ids="-".join)
-def bundle(request, gpu, exported) -> Bundle:
+@pytest.fixture(scope="session")
+def built() -> set[Path]:
+    """Return bundles whose engines were built in this session, by these sources."""
+    return set()
+
+
+@pytest.fixture(params=CASES, ids=_name)
+def bundle(request, capability, built) -> Bundle:
     from gwp_edge.engines.trt_build import build_engines
-    from gwp_edge.engines.trt_cache import list_engines
+    from gwp_edge.engines.trt_options import BuildOptions
 
-    family, precision = request.param
-    found = Bundle.open(exported(family, precision=precision))
-    if not list_engines(found.root):
+    if isinstance(request.param, Path):
+        found = Bundle.open(request.param)
+    else:
+        family, precision, options = request.param
+        if precision == "fp8" and capability < _FP8_SINCE:
+            pytest.skip("this GPU has no fp8 units")
+        export = request.getfixturevalue("exported")
+        found = Bundle.open(export(family, precision=precision, **options))
+    if ("trt", found.manifest.precision.name) not in TOLERANCE:
+        pytest.skip(f"{found.manifest.precision.name} is not for TensorRT")
+    if found.root not in built:
         build_engines(found, BuildOptions(level=1))
+        built.add(found.root)
     return found
 
 
@@ -54,9 +97,8 @@ def engine_name() -> str:
 @pytest.fixture
 def engine():
     from gwp_edge.engines.trt import TrtEngine
-    from gwp_edge.engines.trt_options import BuildOptions
 
-    return lambda bundle: TrtEngine(bundle, options=BuildOptions(level=1))
+    return TrtEngine
 
 
 class TestTrtContract(EngineSuite, ChunkSuite):

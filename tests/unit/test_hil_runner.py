@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,6 +74,166 @@ def test_outcomes_passed_failed_result_and_timeout():
     slow = hil.run_test(entry("import time; time.sleep(60)", timeout_s=0.2), "")
     assert slow.status == "failed"
     assert "not done after" in slow.why
+
+
+PYTEST = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull)
+
+
+def pytest_entry(path):
+    return hil.HilTest(
+        name="t", what="w", needs=(), command=(*PYTEST, str(path)), timeout_s=120, result=False
+    )
+
+
+def test_outcome_of_a_test_program_that_skips_everything_is_failed(tmp_path):
+    """69 skipped cases, for want of torch, were recorded as a contract that holds."""
+    path = tmp_path / "test_it.py"
+    path.write_text("import pytest\ndef test_a(): pytest.skip('no torch here')\n" * 2)
+    skipped = hil.run_test(pytest_entry(path), "")
+    assert skipped.status == "failed"
+    assert skipped.why == "none of 1 cases ran: no torch here"
+    path.write_text("import pytest\npytest.importorskip('nothing_of_that_name')\n")
+    # Skipped while it was collected: pytest says so with a code of its own.
+    assert hil.run_test(pytest_entry(path), "").status == "failed"
+    path.write_text("import pytest\ndef test_a(): pytest.skip('b')\ndef test_c(): pass\n")
+    good = hil.run_test(pytest_entry(path), "")
+    assert (good.status, good.result["tests"], good.result["skipped"]) == ("passed", 2, 1)
+    path.write_text("def test_a(): assert False\n")
+    assert hil.run_test(pytest_entry(path), "").status == "failed"
+
+
+# Invented figures of a device that does not exist: what is tested is where they end up.
+SAMPLE = {
+    "schema": "gwp-edge.hil",
+    "schema_version": 1,
+    "created_at": "2026-12-01T10:00:00Z",
+    "machine": {"system": "Linux test", "commit": "abc1234", "clock_mhz": 2201.0},
+    "tests": [
+        {"name": "doctor", "status": "passed", "result": {}},
+        {"name": "arm-moves", "status": "skipped", "result": None},
+        {
+            "name": "build",
+            "status": "passed",
+            "result": {
+                "key": {
+                    "device": "Test GPU",
+                    "board": "Test Board | 0",
+                    "n_multiprocessors": 3,
+                    "precision": "int8",
+                    "tensorrt": "10.3.0",
+                    "flags": {"level": "3"},
+                },
+                "golden_error": 0.00123,
+                "timing": [
+                    {"stage": "vision", "measured_ms": 1.26, "expected_ms": 1.0, "n": 7},
+                    {"stage": "prefill", "measured_ms": 2.0, "expected_ms": 2.0, "n": 7},
+                    {"stage": "denoise", "measured_ms": 3.0, "expected_ms": 3.0, "n": 70},
+                ],
+            },
+        },
+        {
+            "name": "latency",
+            "status": "passed",
+            "result": {
+                "context": {
+                    "power_mode": "TESTMAX",
+                    "warmup_s": 5.0,
+                    "synchronised": "events",
+                    "machine": {"temperature_c": 51.0},
+                },
+                "phases": {
+                    "steady": {"predict": {"p50": 9, "p95": 10, "p99": 11, "max": 12, "n": 400}}
+                },
+            },
+        },
+    ],
+}
+
+
+def write_record(tmp_path, record, name="r.json"):
+    path = tmp_path / name
+    path.write_text(json.dumps(record))
+    return str(path)
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(
+        "before\n<!-- hil:begin, written by scripts/hil.py --table -->\n"
+        "earlier figures\n<!-- hil:end -->\nafter\n"
+    )
+    return path
+
+
+def test_table_replaces_the_marked_block_and_nothing_else(tmp_path, readme):
+    record = write_record(tmp_path, SAMPLE)
+    for _ in range(2):  # once more changes nothing
+        assert hil.main(["--table", record, "--readme", str(readme)]) == 0
+        text = readme.read_text()
+    assert text.startswith("before\n<!-- hil:begin")
+    assert text.endswith("<!-- hil:end -->\nafter\n")
+    assert "earlier figures" not in text
+    assert text.count("| Test Board / 0, 3 SM | int8 |") == 1
+    assert "| 1.3 + 2.0 + 3.0 (1.0 + 2.0 + 3.0) |" in text
+    assert "| 9.0 / 10.0 / 11.0 / 12.0 (n = 400) |" in text
+    assert "| 0.0012 | 3 passed, 1 skipped |" in text
+    for fact in (
+        "TESTMAX",
+        "TensorRT 10.3.0",
+        "abc1234",
+        "7 vision, 7 prefill, 70 denoise",
+        "C 51",
+    ):
+        assert fact in text.split("\n- ")[1]
+
+
+def test_table_says_what_was_not_measured(tmp_path, readme):
+    """A failed build's or a missing latency's figures are no figures."""
+    poor = json.loads(json.dumps(SAMPLE))
+    poor["tests"][2]["status"] = "failed"
+    del poor["tests"][3]
+    records = [write_record(tmp_path, SAMPLE), write_record(tmp_path, poor, "p.json")]
+    assert hil.main(["--table", *records, "--readme", str(readme)]) == 0
+    row = next(x for x in readme.read_text().splitlines() if x.startswith("| Linux test"))
+    assert row.count("not measured") == 4
+    assert "1 passed, 1 failed, 1 skipped" in row
+
+
+@pytest.mark.parametrize("fault", ["marks", "schema", "json"])
+def test_table_refuses_strange_files_and_leaves_the_readme(tmp_path, readme, fault, capsys):
+    if fault == "marks":
+        readme.write_text("no marks here\n")
+    changed = {**SAMPLE, "schema": "other"} if fault == "schema" else SAMPLE
+    record = write_record(tmp_path, changed)
+    if fault == "json":
+        Path(record).write_text("{")
+    before = readme.read_text()
+    assert hil.main(["--table", record, "--readme", str(readme)]) == 2
+    assert readme.read_text() == before
+    assert capsys.readouterr().err.startswith("hil: ")
+
+
+def test_readme_has_the_block_that_the_table_goes_to(tmp_path):
+    root = SCRIPT.parents[1]
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text())
+    assert hil.main(["--table", write_record(tmp_path, SAMPLE), "--readme", str(copy)]) == 0
+    assert "Test Board" in copy.read_text()
+
+
+def test_make_hil_needs_no_setup_and_says_where_the_environment_comes_from(tmp_path):
+    """The set-up of the workstation hides JetPack's TensorRT and installs torch."""
+    done = subprocess.run(
+        ["make", "-n", "hil", "GWP_VENV=/nowhere"],
+        cwd=SCRIPT.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "pip" not in done.stdout
+    assert "/nowhere/bin/python" in done.stdout
+    assert "jetson-setup.sh" in done.stdout
 
 
 def test_main_writes_a_record_and_fails_when_nothing_ran(tmp_path, monkeypatch, capsys):
