@@ -45,7 +45,7 @@ from gwp_edge.engines.trt_record import (
 from gwp_edge.engines.trt_serialize import Written, write_engine
 from gwp_edge.engines.trt_timing import judge_build
 from gwp_edge.errors import BuildError
-from gwp_edge.planning.memory import check_free, memory_plan
+from gwp_edge.planning.memory import check_free, disk_swap_bytes, memory_plan
 
 Progress = Callable[[str, int, int], None]
 _PERMILLE: Final = 1000
@@ -73,10 +73,13 @@ def check_buildable(
     check_tensorrt(facts.tensorrt)
     check_capability(manifest, facts.capability, facts.name)
     plan = memory_plan(manifest, workspace_bytes=options.workspace_bytes)
+    # Swap counts for the host's copies of the weights alone, and where memory is shared alone: a
+    # GPU of its own has told what it has free.
+    swap_bytes = min(disk_swap_bytes(), plan.swappable_bytes) if facts.integrated else 0
     check_free(
         "building",
         plan.build_bytes,
-        free_bytes,
+        free_bytes + swap_bytes,
         "close the desktop and other programs, add swap on NVMe, lower --workspace, or export "
         "with a smaller --precision",
     )

@@ -62,6 +62,11 @@ class MemoryPlan:
         return self.run_bytes + (_LOAD_COPIES - 1) * largest
 
     @property
+    def swappable_bytes(self) -> int:
+        """What of ``build_bytes`` is host copies, which swap can take; the GPU's cannot move."""
+        return (_BUILD_COPIES - 1) * max(self.weights.values())
+
+    @property
     def build_bytes(self) -> int:
         """Peak while the largest stage is built; nothing else is resident."""
         largest = max(self.weights.values())
@@ -163,6 +168,24 @@ def total_bytes(meminfo: str | None = None) -> int:
         DeviceError: the system does not say.
     """
     return _meminfo_bytes("MemTotal", meminfo)
+
+
+def disk_swap_bytes(swaps: str | None = None) -> int:
+    """Return the free swap on disks, from /proc/swaps; compressed memory (zram) is not more memory.
+
+    Raises:
+        DeviceError: the system does not say.
+    """
+    if swaps is None:
+        try:
+            swaps = Path("/proc/swaps").read_text(encoding="utf-8")
+        except OSError as e:
+            raise DeviceError(f"/proc/swaps cannot be read: {e.strerror}") from e
+    # Filename, type, size, used, priority; sizes in KiB.
+    rows = [line.split() for line in swaps.splitlines()[1:] if line.strip()]
+    return sum(
+        1024 * (int(row[-3]) - int(row[-2])) for row in rows if not row[0].startswith("/dev/zram")
+    )
 
 
 def _meminfo_bytes(wanted: str, meminfo: str | None) -> int:

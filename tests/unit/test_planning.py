@@ -19,7 +19,13 @@ from gwp_edge.planning.latency import (
     estimate_stage,
     judge_measured,
 )
-from gwp_edge.planning.memory import GIB, available_bytes, check_free, fits
+from gwp_edge.planning.memory import (
+    GIB,
+    available_bytes,
+    check_free,
+    disk_swap_bytes,
+    fits,
+)
 from gwp_edge.planning.self_check import require_agreement
 from gwp_edge.planning.workload import LayerWork, StageWork, cache_bytes
 
@@ -224,6 +230,17 @@ def test_check_free_refuses_before_the_system_kills():
         check_free("building", 5 * GB, 4 * GB, "close programs")
 
 
+def test_disk_swap_bytes_counts_disks_and_no_compressed_memory():
+    """A Jetson's zram is the same memory once more: counting it would let a build be killed."""
+    header = "Filename\t\t\tType\t\tSize\tUsed\tPriority\n"
+    zram = "/dev/zram0 partition 4000000 0 5\n"
+    disk = "/mnt/nvme/swapfile file 32000000 1000000 -2\n"
+    assert disk_swap_bytes(header) == 0
+    assert disk_swap_bytes(header + zram) == 0
+    assert disk_swap_bytes(header + zram + disk) == 31_000_000 * 1024
+    assert disk_swap_bytes() >= 0
+
+
 def test_available_bytes_reads_meminfo_and_refuses_another_format():
     text = "MemTotal:       64335516 kB\nMemFree: 1 kB\nMemAvailable:   60000000 kB\n"
     assert available_bytes(text) == 60_000_000 * 1024
@@ -294,6 +311,18 @@ def test_memory_full_network_fits_where_it_should(full):
     assert dict(half.rows())["running"] == half.run_bytes
     assert memory_plan(full("fp16"), workspace_bytes=3 * GIB).build_bytes == (
         half.build_bytes + 2 * GIB
+    )
+
+
+@pytest.mark.export
+def test_memory_of_engines_that_exist_replaces_what_was_modelled(full):
+    plan = memory_plan(full("int8"))
+    built = plan.built({"vision": 1 * GB, "prefill": 5 * GB, "denoise": 2 * GB}, 300_000_000)
+    assert built.run_bytes == 8 * GB + plan.caches + 300_000_000 + plan.runtime
+    assert built.load_bytes == built.run_bytes + 5 * GB
+    # Kernels' scratch is asked for while running too, which the model counts until it is known.
+    assert plan.run_bytes == (
+        sum(plan.weights.values()) + plan.caches + plan.activations + GIB + plan.runtime
     )
 
 

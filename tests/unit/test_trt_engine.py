@@ -28,8 +28,9 @@ from gwp_edge.bundle import Bundle
 from gwp_edge.engines import create_engine
 from gwp_edge.engines.ort import OrtEngine
 from gwp_edge.engines.trt import TrtEngine
-from gwp_edge.engines.trt_build import build_engines
+from gwp_edge.engines.trt_build import build_engines, check_buildable
 from gwp_edge.engines.trt_cache import engine_file, engines_root, list_engines
+from gwp_edge.engines.trt_device import DeviceFacts
 from gwp_edge.engines.trt_options import BuildOptions
 from gwp_edge.errors import (
     BuildError,
@@ -348,6 +349,30 @@ def test_build_too_little_memory_is_refused_before_anything_is_built(bundle, gpu
         build_engines(bundle, BuildOptions())
     assert not any(call.startswith("build") for call in gpu.calls)
     assert memory.available_bytes() > 10**6
+
+
+@pytest.mark.parametrize(("integrated", "fits"), [(True, True), (False, False)])
+def test_build_swap_takes_the_copies_of_the_host(bundle, monkeypatch, integrated, fits):
+    """The refusal's advice, swap on NVMe, used to change nothing."""
+    plan = memory.memory_plan(bundle.manifest)
+    facts = DeviceFacts(
+        name="Orin",
+        capability=(8, 7),
+        n_multiprocessors=16,
+        board="",
+        integrated=integrated,
+        tensorrt="10.3.0",
+        memory_bytes=10**10,
+    )
+    monkeypatch.setattr("gwp_edge.engines.trt_build.disk_swap_bytes", lambda: 10**12)
+    short = plan.build_bytes - plan.swappable_bytes
+    with pytest.raises(BuildError, match="building needs"):
+        check_buildable(bundle, facts, BuildOptions(), short - 1)
+    if fits:
+        check_buildable(bundle, facts, BuildOptions(), short)
+    else:
+        with pytest.raises(BuildError, match="building needs"):
+            check_buildable(bundle, facts, BuildOptions(), short)
 
 
 def test_build_refuses_tensorrt_11_and_old_gpus(bundle, monkeypatch):
