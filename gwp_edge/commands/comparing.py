@@ -24,7 +24,10 @@ def compare(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare two reports of profile or bench, with 95 % confidence intervals.
+    """Compare two reports of profile or bench, with confidence intervals.
+
+    A verdict needs three runs on either side (profile --repeat 3), and is given for what --fail-on
+    names, else for the p50 and p99 of frame to command.
 
     Example: gwp-edge profile compare before.json after.json --fail-on p99=5%
     """
@@ -33,7 +36,7 @@ def compare(
     gates = [comparing.parse_gate(text) for text in fail_on or ()]
     reports = [comparing.read_report(path) for path in (before, after)]
     others = comparing.differs_in(*reports)
-    differences = comparing.compare(*reports)
+    differences = comparing.compare(*reports, gates=gates)
     failed = comparing.failed_gates(gates, differences, comparing.main_quantity(reports[1]))
     if as_json:
         say_json(
@@ -51,13 +54,13 @@ def compare(
                 f"{d.before_ms:.2f}",
                 f"{d.after_ms:.2f}",
                 f"{d.change_percent:+.1f} %",
-                f"{d.low_percent:+.1f} to {d.high_percent:+.1f}",
-                d.verdict,
+                f"{d.low_percent:+.1f} to {d.high_percent:+.1f} ({d.level_percent:g} %)",
+                "" if d.verdict == "not judged" else d.verdict,
             )
             for d in differences
-            if d.statistic in ("p50", "p99")
+            if d.statistic in ("p50", "p99") or d.verdict != "not judged"
         ]
-        head = ("stage", "", "before ms", "after ms", "change", "95 %", "")
+        head = ("stage", "", "before ms", "after ms", "change", "interval", "verdict")
         say_table("Reports compared", head, rows)
         for line in others:
             remark(f"differs as well: {line}")

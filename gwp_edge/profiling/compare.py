@@ -1,5 +1,9 @@
 """Two reports side by side, with bootstrap confidence intervals and a verdict only where due.
 
+Two runs of one thing differ by more than the chunks inside of a run do: memory lies elsewhere, the
+machine is warmer, another program wakes up. So a verdict needs at least three runs on either side,
+of which whole runs are resampled, and it is given only for what was asked beforehand.
+
 Profiles and benches have the same columns and the same context, so either is compared with either,
 in what both have.
 """
@@ -7,27 +11,35 @@ in what both have.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from gwp_edge import bench
 from gwp_edge.bench import BenchReport
 from gwp_edge.errors import SpecError
 from gwp_edge.profiling import schema
-from gwp_edge.profiling.columns import GROUPS, SEGMENTS
+from gwp_edge.profiling.columns import PREDICTION, SEGMENTS
 from gwp_edge.profiling.schema import ProfileReport
 from gwp_edge.types import FloatArray
 
 _N_RESAMPLES: Final = 2000
-_LEVEL: Final = (2.5, 97.5)
+_N_UNJUDGED: Final = 300
+MIN_RUNS: Final = 3
+_ERROR_PERCENT: Final = 5.0
+# Chunks within some seconds of each other resemble each other: the same heat, the same neighbours.
+_BLOCK_S: Final = 3.0
+_MIN_BLOCKS: Final = 4
+_N_DRAWS: Final = 200_000
 # A percentile needs values beyond it: about this many over ten.
 _MIN_VALUES: Final = {"mean": 10, "p50": 10, "p90": 40, "p95": 60, "p99": 100, "max": 2}
 _QUANTILES: Final = {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "max": 100.0}
-_N_ENGINE_SEGMENTS: Final = sum(group == "engine" for group in GROUPS.values())
 _MAX_CELLS: Final = 4_000_000
 
 
@@ -48,9 +60,12 @@ class Difference:
         before_ms: in the first report.
         after_ms: in the second.
         change_percent: of the first.
-        low_percent: lower end of the 95 % interval of the change.
+        low_percent: lower end of the interval of the change.
         high_percent: upper end.
-        verdict: "slower", "faster", "no difference shown", or "too few values".
+        level_percent: of the interval: 95, or more where several statistics are judged, so that all
+            of their intervals together hold with 95 %.
+        verdict: "slower", "faster", "no difference shown", "differs within these runs; repeat to
+            know", "too few values", or "not judged": it was not asked for.
     """
 
     quantity: str
@@ -60,7 +75,21 @@ class Difference:
     change_percent: float
     low_percent: float
     high_percent: float
+    level_percent: float
     verdict: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Series:
+    """Steady values of one quantity, ordered by run and time."""
+
+    values: FloatArray
+    run: npt.NDArray[np.int64]
+    t_s: FloatArray
+
+    @property
+    def n_runs(self) -> int:
+        return len(np.unique(self.run))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +134,11 @@ def parse_gate(text: str) -> Gate:
     Raises:
         SpecError: not of the form ``[QUANTITY:]STATISTIC=N%``.
     """
-    found = re.fullmatch(r"(?:([a-z ]+):)?(mean|p50|p90|p95|p99|max)=(\d+(?:\.\d+)?)%", text)
+    found = re.fullmatch(r"(?:([a-z ]+):)?(mean|p50|p90|p95|p99)=(\d+(?:\.\d+)?)%", text)
     if found is None:
         raise SpecError(
             f"--fail-on {text!r}: expected [QUANTITY:]STATISTIC=N%, such as p99=5% or "
-            f"prefill:p50=3%; statistics are {', '.join(_MIN_VALUES)}"
+            "prefill:p50=3%; statistics are mean, p50, p90, p95, p99 (a run's max is chance)"
         )
     return Gate(quantity=found[1], statistic=found[2], limit_percent=float(found[3]))
 
@@ -121,7 +150,7 @@ def differs_in(before: Report, after: Report) -> list[str]:
         found.append(f"kind: {before.schema} and {after.schema}")
     for name in (
         "robot", "bundle_id", "precision", "engine", "provider", "threads", "n_steps", "motor_hz",
-        "execution", "disturbances", "watched_by", "power_mode",
+        "execution", "disturbances", "watched_by", "power_mode", "duration_s", "warmup_s", "repeat",
     ):  # fmt: skip
         a, b = getattr(before.context, name), getattr(after.context, name)
         if a != b:
@@ -130,57 +159,142 @@ def differs_in(before: Report, after: Report) -> list[str]:
         a, b = getattr(before.context.machine, name), getattr(after.context.machine, name)
         if a != b:
             found.append(f"{name}: {a} and {b}")
+    for name, least, kind in _LOADS:
+        a, b = _state(before, name), _state(after, name)
+        if a is not None and b is not None and abs(a - b) > least * (abs(a) if kind == "%" else 1):
+            found.append(f"{name}: {a:.1f} and {b:.1f}")
     return found
+
+
+# What a machine is like for the moment, and from which difference on it is told: a share of the
+# first, or that much.
+_LOADS: Final = (
+    ("load before", 0.5, "abs"),
+    ("other programs, % of a core", 10.0, "abs"),
+    ("core clock, MHz", 0.03, "%"),
+    ("temperature, C", 5.0, "abs"),
+)
+
+
+def _state(report: Report, name: str) -> float | None:
+    machine = report.context.machine
+    system = report.system if isinstance(report, ProfileReport) else None
+    if name == "load before":
+        return machine.load_average[0]
+    if name == "other programs, % of a core":
+        return system.load.others_percent if system is not None and system.load else None
+    if name == "temperature, C":
+        return machine.temperature_c
+    # Clocks while it ran say more than the one before.
+    clocks = [
+        v
+        for column, values in (system.columns if system is not None else {}).items()
+        if re.fullmatch(r"cpu\d+_mhz", column)
+        for v in values
+        if v is not None
+    ]
+    return float(np.median(clocks)) if clocks else machine.clock_mhz
 
 
 def main_quantity(report: Report) -> str:
     """Return what a gate without a quantity is about."""
     known = _steady(report)
     names = ("frame to command", "predict", "chunk")
-    return next(name for name in names if len(known.get(name, ())) or name == names[-1])
+    return next(n for n in names if (n in known and len(known[n].values)) or n == names[-1])
 
 
-def compare(before: Report, after: Report, *, seed: int = 0) -> list[Difference]:
+def compare(
+    before: Report, after: Report, *, gates: Sequence[Gate] = (), seed: int = 0
+) -> list[Difference]:
     """Return every statistic of every quantity that both reports have.
 
-    Chunks are resampled in blocks, as neighbours resemble each other: the block is the cube root of
-    the count, which keeps slow drifts from looking like many independent values.
+    Judged are those of ``gates``, without any the p50 and p99 of the main quantity; among many
+    that are looked at afterwards some always differ.
+
+    Args:
+        before: the first report.
+        after: the second.
+        gates: what is asked.
+        seed: of the resampling.
     """
     rng = np.random.default_rng(seed)
     ours, theirs = _steady(before), _steady(after)
+    main = main_quantity(after)
+    judged = {(gate.quantity or main, gate.statistic) for gate in gates}
+    judged = judged or {(main, "p50"), (main, "p99")}
     found: list[Difference] = []
     for quantity in ours:
-        a, b = ours[quantity], theirs.get(quantity, np.empty(0))
-        if len(a) < 2 or len(b) < 2 or not np.any(a) or not np.any(b):
+        a, b = ours[quantity], theirs.get(quantity)
+        if b is None or min(len(a.values), len(b.values)) < 2:
             continue
-        samples_a, samples_b = _resampled(a, rng), _resampled(b, rng)
-        for statistic, least in _MIN_VALUES.items():
-            value_a, value_b = float(_value(a, statistic)), float(_value(b, statistic))
-            if value_a <= 0:
-                continue
-            ratio = _value(samples_b, statistic) / _value(samples_a, statistic)
-            low, high = (float(p) for p in np.percentile(100 * (ratio - 1), _LEVEL))
-            found.append(
-                Difference(
-                    quantity=quantity,
-                    statistic=statistic,
-                    before_ms=value_a,
-                    after_ms=value_b,
-                    change_percent=100 * (value_b / value_a - 1),
-                    low_percent=low,
-                    high_percent=high,
-                    verdict=_verdict(low, high, min(len(a), len(b)), least, statistic),
-                )
-            )
+        if not np.any(a.values) or not np.any(b.values):
+            continue
+        n = _N_RESAMPLES if any(q == quantity for q, _ in judged) else _N_UNJUDGED
+        samples = _statistics(_resampled(a, n, rng)), _statistics(_resampled(b, n, rng))
+        for statistic in _MIN_VALUES:
+            level = 100.0 - _ERROR_PERCENT
+            if (quantity, statistic) in judged:
+                level = 100.0 - _ERROR_PERCENT / len(judged)
+            difference = _difference(quantity, statistic, (a, b), samples, level)
+            if difference is not None:
+                is_judged = (quantity, statistic) in judged
+                verdict = _verdict(difference, a, b) if is_judged else "not judged"
+                found.append(replace(difference, verdict=verdict))
     return found
 
 
-def _verdict(low: float, high: float, n: int, least: int, statistic: str) -> str:
-    if n < least or statistic == "max":  # a bootstrap knows nothing beyond the largest value
-        return "too few values" if n < least else "not judged"
-    if low > 0:
-        return "slower"
-    return "faster" if high < 0 else "no difference shown"
+def _difference(
+    quantity: str,
+    statistic: str,
+    series: tuple[_Series, _Series],
+    samples: tuple[dict[str, FloatArray], dict[str, FloatArray]],
+    level_percent: float,
+) -> Difference | None:
+    """Return one difference without its verdict; None where the first is nothing."""
+    before, after = (float(_statistics(s.values)[statistic]) for s in series)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        changes = 100 * (samples[1][statistic] / samples[0][statistic] - 1)
+    if before <= 0 or not np.isfinite(changes).all():
+        return None
+    change = 100 * (after / before - 1)
+    outside = (100 - level_percent) / 2
+    low, high = (float(p) for p in np.percentile(changes, (outside, 100 - outside)))
+    n_runs = [s.n_runs for s in series]
+    if min(n_runs) >= MIN_RUNS:
+        # Of few runs a resample repeats some, so its spread is too small by (n - 1) / n, and what
+        # is left is as uncertain as a mean of few values: Student's distribution.
+        n_least = min(n_runs)
+        wide = _student(sum(n_runs) - 2, level_percent) * float(changes.std())
+        wide *= (n_least / (n_least - 1)) ** 0.5
+        low, high = change - wide, change + wide
+    return Difference(
+        quantity=quantity,
+        statistic=statistic,
+        before_ms=before,
+        after_ms=after,
+        change_percent=change,
+        low_percent=low,
+        high_percent=high,
+        level_percent=level_percent,
+        verdict="not judged",
+    )
+
+
+@lru_cache
+def _student(freedom: int, level_percent: float) -> float:
+    """Return the half width of Student's distribution, by many draws: numpy has no inverse."""
+    draws = np.abs(np.random.default_rng(0).standard_t(freedom, _N_DRAWS))
+    return float(np.percentile(draws, level_percent))
+
+
+def _verdict(d: Difference, a: _Series, b: _Series) -> str:
+    if min(len(a.values), len(b.values)) < _MIN_VALUES[d.statistic]:
+        return "too few values"
+    if d.low_percent <= 0 <= d.high_percent:
+        return "no difference shown"
+    if min(a.n_runs, b.n_runs) < MIN_RUNS:
+        return "differs within these runs; repeat to know"
+    return "slower" if d.low_percent > 0 else "faster"
 
 
 def failed_gates(gates: list[Gate], differences: list[Difference], main: str) -> list[str]:
@@ -190,7 +304,8 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
     difference that chance explains is no regression.
 
     Raises:
-        SpecError: the reports do not hold what a gate asks for, so it would say nothing.
+        SpecError: the reports do not hold what a gate asks for, or too few runs of it, so it would
+            say nothing.
     """
     failed = []
     if gates and not differences:
@@ -207,17 +322,22 @@ def failed_gates(gates: list[Gate], differences: list[Difference], main: str) ->
                 f"--fail-on {gate.statistic}: {_MIN_VALUES[gate.statistic]} chunks are needed in "
                 "each report; measure longer"
             )
-        shown = d.verdict == "slower" or gate.statistic == "max"
-        if shown and d.change_percent > gate.limit_percent:
+        if d.verdict not in ("slower", "faster", "no difference shown"):
+            raise SpecError(
+                f"--fail-on {gate.statistic}: {quantity} differs by {d.change_percent:+.1f} %, and "
+                f"two runs of one thing may, too; {MIN_RUNS} runs are needed in each report: "
+                f"measure both with --repeat {MIN_RUNS}"
+            )
+        if d.verdict == "slower" and d.change_percent > gate.limit_percent:
             failed.append(
                 f"{quantity} {gate.statistic}: {d.before_ms:.2f} to {d.after_ms:.2f} ms, "
-                f"{d.change_percent:+.1f} % (95 %: {d.low_percent:+.1f} to "
+                f"{d.change_percent:+.1f} % ({d.level_percent:g} %: {d.low_percent:+.1f} to "
                 f"{d.high_percent:+.1f}), allowed +{gate.limit_percent:g} %"
             )
     return failed
 
 
-def _steady(report: Report) -> dict[str, FloatArray]:
+def _steady(report: Report) -> dict[str, _Series]:
     """Return the steady chunks' values of every quantity."""
     chunks = report.chunks
     steady = np.array([phase == "steady" for phase in chunks.phase], bool)
@@ -229,26 +349,56 @@ def _steady(report: Report) -> dict[str, FloatArray]:
         "replan interval": chunks.interval_ms,
     }
     values = {k: np.array(v, np.float64)[steady] for k, v in columns.items()}
-    of_engine = [values[s] for s in SEGMENTS if GROUPS[s] == "engine" and s in values]
+    of_engine = [values[s] for s in PREDICTION if s in values]
     # A bench has fewer segments than a profile, so their sum is another thing.
-    total = "predict" if len(of_engine) == _N_ENGINE_SEGMENTS else "chunk"
+    total = "predict" if len(of_engine) == len(PREDICTION) else "chunk"
     values[total] = np.sum(of_engine, axis=0)
-    return {k: v[~np.isnan(v)] for k, v in values.items()}
+    run, t_s = np.array(chunks.run, np.int64)[steady], np.array(chunks.t_s, np.float64)[steady]
+    found = {}
+    for name, column in values.items():
+        known = ~np.isnan(column)
+        order = np.lexsort((t_s[known], run[known]))
+        found[name] = _Series(
+            values=column[known][order], run=run[known][order], t_s=t_s[known][order]
+        )
+    return found
 
 
-def _value(values: FloatArray, statistic: str) -> FloatArray:
-    if statistic == "mean":
-        return np.asarray(values.mean(axis=-1))
-    return np.asarray(np.percentile(values, _QUANTILES[statistic], axis=-1))
+def _statistics(values: FloatArray) -> dict[str, FloatArray]:
+    """Return every statistic over the last axis."""
+    quantiles = np.percentile(values, list(_QUANTILES.values()), axis=-1)
+    return {
+        "mean": np.asarray(values.mean(axis=-1)),
+        **dict(zip(_QUANTILES, quantiles, strict=True)),
+    }
 
 
-def _resampled(values: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Return resamples in circular blocks, (resamples, n)."""
-    n = len(values)
-    block = max(1, round(n ** (1 / 3)))
-    n_blocks = -(-n // block)
-    n_resamples = max(200, min(_N_RESAMPLES, _MAX_CELLS // n))
-    starts = rng.integers(0, n, (n_resamples, n_blocks))
-    idx = (starts[:, :, None] + np.arange(block)).reshape(n_resamples, -1)[:, :n] % n
-    sampled: FloatArray = values[idx]
+def _resampled(series: _Series, n_wanted: int, rng: np.random.Generator) -> FloatArray:
+    """Return resamples, (resamples, n): whole runs, and within each of them circular blocks.
+
+    Of fewer than ``MIN_RUNS`` every run is taken, so that only what is within them varies.
+    """
+    n, n_runs = len(series.values), series.n_runs
+    n_resamples = max(200, min(n_wanted, _MAX_CELLS // n))
+    begin, length = np.unique(series.run, return_index=True, return_counts=True)[1:]
+    chosen = np.broadcast_to(np.arange(n_runs), (n_resamples, n_runs))
+    if n_runs >= MIN_RUNS:
+        chosen = rng.integers(0, n_runs, (n_resamples, n_runs))
+    n_each = -(-n // n_runs)
+    block = _block(series, int(length.min()))
+    n_blocks = -(-n_each // block)
+    # (resamples, runs, blocks, values of a block)
+    of_run, first = length[chosen][:, :, None, None], begin[chosen][:, :, None, None]
+    starts = (rng.random((n_resamples, n_runs, n_blocks, 1)) * of_run).astype(np.int64)
+    idx = first + (starts + np.arange(block)) % of_run
+    idx = idx.reshape(n_resamples, n_runs, -1)[:, :, :n_each].reshape(n_resamples, -1)
+    sampled: FloatArray = series.values[idx]
     return sampled
+
+
+def _block(series: _Series, n_least: int) -> int:
+    """Return the chunks of some seconds, so few that the shortest run has several blocks."""
+    apart_s = np.diff(series.t_s)[np.diff(series.run) == 0]
+    each_s = float(np.median(apart_s)) if len(apart_s) else 0.0
+    wanted = round(_BLOCK_S / each_s) if each_s > 0 else 1
+    return max(1, min(wanted, n_least // _MIN_BLOCKS))

@@ -107,13 +107,18 @@ class Story:
         return np.array(rows, TICK_DTYPE)
 
     def report(self, **context):
-        given = {
-            "manifest": None, "bundle": None, "robot": "story", "engine": "ort",
-            "provider": "cpu", "threads": 1, "motor_hz": 200.0, "duration_s": 3.0,
-            "warmup_s": 0.0,
-        }  # fmt: skip
-        made = make_context(SPEC, describe_machine(), **{**given, **context})
-        return build_report([self.raw()], SPEC, made, cameras=("cam_high",))
+        return report_of([self.raw()], **context)
+
+
+def report_of(raws, **context):
+    """Return the report of runs one after the other."""
+    given = {
+        "manifest": None, "bundle": None, "robot": "story", "engine": "ort",
+        "provider": "cpu", "threads": 1, "motor_hz": 200.0, "duration_s": 3.0,
+        "warmup_s": 0.0, "repeat": len(raws),
+    }  # fmt: skip
+    made = make_context(SPEC, describe_machine(), **{**given, **context})
+    return build_report(raws, SPEC, made, cameras=("cam_high",))
 
 
 def verdict(report, topic):

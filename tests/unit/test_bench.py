@@ -41,7 +41,13 @@ from gwp_edge.bundle import (
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
 from gwp_edge.profiling.columns import Chunks
-from gwp_edge.profiling.compare import compare, differs_in, main_quantity, read_report
+from gwp_edge.profiling.compare import (
+    compare,
+    differs_in,
+    main_quantity,
+    parse_gate,
+    read_report,
+)
 from gwp_edge.profiling.context import make_context
 from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import CameraView, CanvasSpec, Channel, NetworkSpec, PolicySpec, Statistics
@@ -309,12 +315,12 @@ def test_describe_machine_says_what_a_reader_needs():
 # -- reports and budgets --------------------------------------------------------------------------
 
 
-def _columns(n, vision_ms=1.0):
+def _columns(n, vision_ms=1.0, n_runs=1):
     none = [None] * n
     return Chunks(
         t_s=[float(i) for i in range(n)],
         phase=["steady"] * n,
-        run=[0] * n,
+        run=[i * n_runs // n for i in range(n)],
         segments_ms={"vision": [vision_ms] * n, "prefill": [1.0] * n, "denoise": [3.0] * n},
         steps_ms=[[1.0, 1.0, 1.0]] * n,
         cpu_ms=none,
@@ -368,11 +374,12 @@ def test_compare_reads_two_benches(tmp_path):
     reports = []
     for i, vision_ms in enumerate((10.0, 20.0)):
         path = tmp_path / f"{i}.json"
-        made = _report(chunks=_columns(120, vision_ms))
+        made = _report(chunks=_columns(120, vision_ms, n_runs=3))
         path.write_bytes(msgspec.json.encode(made))
         reports.append(read_report(path))
         assert reports[-1] == made
-    found = {(d.quantity, d.statistic): d for d in compare(*reports)}
+    gates = [parse_gate(text) for text in ("vision:p50=1%", "prefill:p50=1%")]
+    found = {(d.quantity, d.statistic): d for d in compare(*reports, gates=gates)}
     assert found["vision", "p50"].verdict == "slower"
     assert found["vision", "p50"].change_percent == pytest.approx(100.0)
     assert found["prefill", "p50"].verdict == "no difference shown"
