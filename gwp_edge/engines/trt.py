@@ -79,7 +79,7 @@ class TrtEngine:
             )
         check_free(
             "loading the engines",
-            plan.load_bytes,
+            plan.load_bytes if facts.integrated else plan.run_bytes,
             self._context.free_bytes(facts),
             "close other programs, or export with a smaller --precision",
         )

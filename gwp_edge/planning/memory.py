@@ -57,7 +57,10 @@ class MemoryPlan:
 
     @property
     def load_bytes(self) -> int:
-        """Peak while the engines are loaded, one after the other, the largest last."""
+        """Peak while the engines are loaded, one after the other, the largest last.
+
+        Where memory is shared; a GPU of its own needs ``run_bytes``, the plan being on the host.
+        """
         largest = max(self.weights.values())
         return self.run_bytes + (_LOAD_COPIES - 1) * largest
 
@@ -131,7 +134,7 @@ def fits(plan: MemoryPlan, device: Device) -> dict[str, bool]:
     free = device.usable_bytes
     return {
         "build": plan.build_bytes <= free,
-        "load": plan.load_bytes <= free,
+        "load": (plan.load_bytes if device.integrated else plan.run_bytes) <= free,
         "run": plan.run_bytes <= free,
     }
 
