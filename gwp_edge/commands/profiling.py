@@ -21,7 +21,7 @@ from gwp_edge.commands.options import (
 )
 from gwp_edge.commands.profiling_robot import RobotRun, profile_on_robot
 from gwp_edge.commands.profiling_tables import say_report
-from gwp_edge.console import write_file, write_json
+from gwp_edge.console import remark, write_file, write_json
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -239,7 +239,10 @@ def _write(
     if trace is not None:
         from gwp_edge.profiling.trace import to_trace
 
-        write_json(trace, to_trace(raws[-1], spec, report.context))
+        last = len(raws) - 1
+        if last:
+            remark(f"{trace}: holds the last of {len(raws)} runs")
+        write_json(trace, to_trace(raws[last], spec, report.context, run=last, n_runs=len(raws)))
 
 
 app.command("compare")(compare)

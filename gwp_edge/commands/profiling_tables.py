@@ -22,28 +22,7 @@ def say_report(report: ProfileReport) -> None:
         first = report.phases.get(phase, {}).get("predict")
         if first is not None:
             say(f"{phase}: {first.n} predictions, {first.p50:.1f} ms, at most {first.max:.1f} ms")
-    motor = report.motor
-    if motor is not None:
-        rows = [
-            (name, *_cells(s))
-            for name, s in (
-                ("wake-up late", motor.lateness_ms),
-                ("period", motor.period_ms),
-                ("jitter", motor.jitter_ms),
-                ("tick busy", motor.busy_ms),
-                ("driver send", motor.send_ms),
-                ("plan age", motor.chunk_age_ms),
-                ("feedback age", motor.feedback_age_ms),
-            )
-            if s is not None
-        ]
-        say_table("motor loop, ms", _HEADER, rows)
-        lag = motor.command_to_motion_ms
-        say(
-            f"{motor.n_ticks} ticks, {motor.n_missed} periods missed, {motor.n_long_gaps} gaps "
-            f"above 1.5 periods, {motor.n_late} woke more than 1 ms late, motion follows commands after "
-            f"{'an unknown time' if lag is None else f'{lag:.0f} ms'}"
-        )
+    _say_motor(report)
     _say_devices(report)
     _say_roofline(report)
     say_table(
@@ -55,12 +34,53 @@ def say_report(report: ProfileReport) -> None:
     share = "" if cost.stamp_percent is None else f" ({cost.stamp_percent:.3f} % of it)"
     say(
         f"profiling took {cost.listener_percent:.2f} % of a core ({cost.sampler_percent:.2f} % for "
-        f"the system's counters), its view {cost.view_percent:.2f} %; noting a chunk takes "
-        f"{cost.stamp_us:.1f} us{share}, a motor tick {cost.tick_us:.1f} us"
+        f"the system's counters), {cost.helper_percent:.2f} % for what it started, its view "
+        f"{cost.view_percent:.2f} %; noting a chunk takes {cost.stamp_us:.1f} us{share}, a motor "
+        f"tick {cost.tick_us:.1f} us"
     )
     lost = ", ".join(f"{n} {kind}" for kind, n in cost.n_lost.items() if n)
     if lost:
         remark(f"lost while listening: {lost}; percentiles miss them")
+
+
+def _say_motor(report: ProfileReport) -> None:
+    """Print what the motor loop did, and what it left of each plan."""
+    motor = report.motor
+    if motor is None:
+        return
+    rows = [
+        (name, *_cells(s))
+        for name, s in (
+            ("wake-up late", motor.lateness_ms),
+            ("period", motor.period_ms),
+            ("jitter", motor.jitter_ms),
+            ("tick busy", motor.busy_ms),
+            ("driver send", motor.send_ms),
+            ("plan age", motor.chunk_age_ms),
+            ("feedback age", motor.feedback_age_ms),
+            ("motion after command", motor.command_to_motion_ms),
+        )
+        if s is not None
+    ]
+    say_table("motor loop, ms", _HEADER, rows)
+    limited = ", ".join(f"{kind} {n}" for kind, n in motor.limited_ticks.items() if n)
+    lost = ", ".join(f"{part} {ms:.0f} ms" for part, ms in motor.tail_shares.items() if ms >= 1)
+    say(
+        f"{motor.n_ticks} ticks, {motor.n_missed} periods missed, {motor.n_long_gaps} gaps above "
+        f"1.5 periods ({lost or 'nothing'} lost in them), {motor.n_late} woke more than 1 ms late"
+    )
+    say(
+        f"{motor.n_not_sent} ticks without a command; ticks in which a limit acted: "
+        f"{limited or 'none'}; {motor.used_up_ms:.0f} ms at the end of a plan that was used up"
+    )
+    if motor.command_to_motion_ms is None:
+        say("no joint moved enough to tell after what time motion follows commands")
+    plan = report.budget
+    if plan is not None:
+        say(
+            f"of a plan's rows {plan.rows_lost_p50:.1f} are past before its first command and "
+            f"{plan.rows_used_p50:.1f} are executed (median)"
+        )
 
 
 def _say_devices(report: ProfileReport) -> None:

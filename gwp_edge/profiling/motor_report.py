@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.profiling.chunks import MOVING, steady_window_ns
+from gwp_edge.profiling.motion import command_to_motion
 from gwp_edge.profiling.raw import LIMIT_FLAGS, Raw, Records
 from gwp_edge.profiling.schema import MotorReport, Summary
 from gwp_edge.spec import PolicySpec
@@ -17,9 +18,6 @@ from gwp_edge.types import FloatArray
 _LATE_MS: Final = 1.0
 # A gap is long when a command more could have been sent in it.
 _GAP_PERIODS: Final = 1.5
-_MAX_LAG_MS: Final = 400
-_MIN_MOTION: Final = 0.02
-_MAX_LAG_POINTS: Final = 4000
 _EDGES_US: Final = np.concatenate([[0.0], 2.0 ** (np.arange(41) / 2)])
 
 
@@ -40,7 +38,6 @@ def motor_report(
     jitter, busy = Summary.of(np.abs(gap - period_ms)), Summary.of(_busy(ticks))
     if lateness is None or periods is None or jitter is None or busy is None:
         return None
-    counts, _ = np.histogram(late * 1e3, _EDGES_US)
     lost = {name: round(float(values.sum()), 4) for name, values in causes.items()}
     planned = ticks[ticks["chunk_idx"] >= 0]
     return MotorReport(
@@ -50,9 +47,8 @@ def motor_report(
         jitter_ms=jitter,
         busy_ms=busy,
         send_ms=Summary.of(ticks["send_ns"][sent] / 1e6),
-        lateness_histogram=[
-            (float(edge), int(n)) for edge, n in zip(_EDGES_US, counts, strict=False) if n
-        ],
+        lateness_histogram=_histogram(late),
+        jitter_histogram=_histogram(np.abs(gap - period_ms)),
         n_late=int((late > _LATE_MS).sum()),
         n_missed=int(missed.sum()),
         longest_miss=int(missed.max(initial=0)),
@@ -71,7 +67,7 @@ def motor_report(
             for flag in LIMIT_FLAGS
             if flag.name is not None
         },
-        command_to_motion_ms=_command_to_motion(raws[-1], warmup_s),
+        command_to_motion_ms=command_to_motion(raws, warmup_s),
         series=_series(parts, raws, period_ms),
     )
 
@@ -94,6 +90,11 @@ def _running(raw: Raw, warmup_s: float) -> list[Records]:
     at = np.flatnonzero(np.isin(ticks["mode"], MOVING) & (ticks["t_woke_ns"] >= begin_ns))
     stretches = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
     return [ticks[stretch] for stretch in stretches if len(stretch) > 2]
+
+
+def _histogram(values_ms: FloatArray) -> list[tuple[float, int]]:
+    counts, _ = np.histogram(values_ms * 1e3, _EDGES_US)
+    return [(float(edge), int(n)) for edge, n in zip(_EDGES_US, counts, strict=False) if n]
 
 
 def _busy(ticks: Records) -> FloatArray:
@@ -150,34 +151,3 @@ def _series(
 def first_ns(raw: Raw) -> int:
     """Return the moment from which a report counts."""
     return int(raw.stamps["t_started_ns"][0]) if len(raw.stamps) else 0
-
-
-def _command_to_motion(raw: Raw, warmup_s: float) -> float | None:
-    """Return the lag at which the measured joints fit the commands best, ms.
-
-    The channel that moved most is shifted against its commands, millisecond by millisecond.
-    """
-    begin_ns, end_ns = steady_window_ns(raw, warmup_s)
-
-    def within(records: Records) -> Records:
-        chosen: Records = records[(records["t_ns"] >= begin_ns) & (records["t_ns"] <= end_ns)]
-        return chosen
-
-    commands, states = within(raw.commands), within(raw.states)
-    if len(commands) < 50 or len(states) < 50:
-        return None
-    moved = np.ptp(commands["position"], axis=0)
-    channel = int(moved.argmax())
-    if moved[channel] < _MIN_MOTION:
-        return None
-    states = states[:: max(1, len(states) // _MAX_LAG_POINTS)]
-    t_ms, q = states["t_ns"] / 1e6, states["position"][:, channel]
-    command_ms, wanted = commands["t_ns"] / 1e6, commands["position"][:, channel]
-    usable = t_ms - _MAX_LAG_MS >= command_ms[0]
-    if usable.sum() < 50:
-        return None
-    t_ms, q = t_ms[usable], q[usable]
-    lags: npt.NDArray[np.int64] = np.arange(_MAX_LAG_MS)
-    errors = [float(np.square(q - np.interp(t_ms - lag, command_ms, wanted)).sum()) for lag in lags]
-    best = int(np.argmin(errors))
-    return float(best) if best < _MAX_LAG_MS - 1 else None

@@ -72,6 +72,7 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
         busy_ms: wake-up to sent.
         send_ms: the driver's share of that.
         lateness_histogram: [lower edge in us, count], of bins in powers of 2^(1/2).
+        jitter_histogram: likewise, of ``jitter_ms``.
         n_late: woke more than 1 ms late.
         n_missed: whole periods skipped: deadlines that the loop gave up, being behind by more.
         longest_miss: most periods skipped in one go.
@@ -83,8 +84,8 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
         feedback_age_ms: age of the measured state at the tick.
         used_up_ms: time spent on a plan that was at its end.
         limited_ticks: ticks in which a limit acted, by kind.
-        command_to_motion_ms: lag of the measured joints behind the commands; None where nothing
-            moved enough.
+        command_to_motion_ms: lag of the measured joints behind the commands in every second in
+            which a joint moved, of all runs; None where nothing moved enough.
         series: [second, worst lateness, worst jitter], ms, over time.
     """
 
@@ -95,6 +96,7 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
     busy_ms: Summary
     send_ms: Summary | None
     lateness_histogram: list[tuple[float, int]]
+    jitter_histogram: list[tuple[float, int]]
     n_late: int
     n_missed: int
     longest_miss: int
@@ -106,7 +108,7 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
     feedback_age_ms: Summary | None
     used_up_ms: float
     limited_ticks: dict[str, int]
-    command_to_motion_ms: float | None
+    command_to_motion_ms: Summary | None
     series: list[tuple[float, float, float]]
 
 

@@ -34,8 +34,10 @@ _BEFORE: Final = ("frame age", "transport", "frame wait")
 _MAX_TICKS: Final = 200_000
 
 
-def to_trace(raw: Raw, spec: PolicySpec, context: Context) -> dict[str, object]:
-    """Return the trace of one run, for ``json``."""
+def to_trace(
+    raw: Raw, spec: PolicySpec, context: Context, *, run: int = 0, n_runs: int = 1
+) -> dict[str, object]:
+    """Return the trace of run number ``run`` of ``n_runs``, for ``json``."""
     table = chunk_table(raw, spec, warmup_s=context.warmup_s or 0.0)
     events: list[Event] = []
     for pid, name in _PROCESSES.items():
@@ -67,6 +69,7 @@ def to_trace(raw: Raw, spec: PolicySpec, context: Context) -> dict[str, object]:
         "otherData": {
             "bundle_id": context.bundle_id,
             "robot": context.robot,
+            "run": f"{run + 1} of {n_runs}",
             "command_line": shlex.join(context.command_line),
             "clock": "CLOCK_MONOTONIC",
         },

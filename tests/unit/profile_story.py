@@ -110,7 +110,7 @@ class Story:
         return report_of([self.raw()], **context)
 
 
-def report_of(raws, **context):
+def report_of(raws, *, cost_us=(0.0, 0.0), **context):
     """Return the report of runs one after the other."""
     given = {
         "manifest": None, "bundle": None, "robot": "story", "engine": "ort",
@@ -118,7 +118,7 @@ def report_of(raws, **context):
         "warmup_s": 0.0, "repeat": len(raws),
     }  # fmt: skip
     made = make_context(SPEC, describe_machine(), **{**given, **context})
-    return build_report(raws, SPEC, made, cameras=("cam_high",))
+    return build_report(raws, SPEC, made, cameras=("cam_high",), cost_us=cost_us)
 
 
 def verdict(report, topic):

@@ -8,8 +8,9 @@ import re
 import msgspec
 import numpy as np
 import pytest
-from profile_story import MS, PERIOD, SPEC, T0, Story, verdict
+from profile_story import MS, PERIOD, SPEC, T0, Story, report_of, verdict
 
+from gwp_edge.commands.profiling_tables import say_report
 from gwp_edge.errors import SpecError
 from gwp_edge.profiling.cameras import camera_reports
 from gwp_edge.profiling.chunks import chunk_table
@@ -263,6 +264,99 @@ def test_report_without_chunks_says_so():
     report = Story(n=40).report(warmup_s=100.0)
     assert verdict(report, "rate").level == "bad"
     assert "no chunk" in verdict(report, "rate").text
+
+
+def moving_arm(lag_ms, *, n_s=6, late_lag_ms=None):
+    """An arm that follows a sine by exactly this time; by another one in the second half."""
+    story = Story(n=n_s * 20)
+    raw = story.raw()
+    t_ns = T0 + np.arange(0, n_s * 1000, 5) * MS
+    commands, states = (
+        np.zeros(len(t_ns), raw.commands.dtype),
+        np.zeros(len(t_ns), raw.states.dtype),
+    )
+    commands["t_ns"] = states["t_ns"] = t_ns
+    t_s = (t_ns - T0) / 1e9
+    lag_s = np.full(len(t_s), lag_ms / 1e3)
+    if late_lag_ms is not None:
+        lag_s[t_s > n_s / 2] = late_lag_ms / 1e3
+    commands["position"][:, 1] = 0.3 * np.sin(5.0 * t_s)
+    states["position"][:, 1] = 0.3 * np.sin(5.0 * (t_s - lag_s))
+    return dataclasses.replace(raw, commands=commands, states=states)
+
+
+@pytest.mark.parametrize("lag_ms", [12, 80, 250])
+def test_report_motion_follows_commands_after_a_known_shift(lag_ms):
+    found = report_of([moving_arm(lag_ms)]).motor.command_to_motion_ms
+    assert found.n >= 4
+    assert found.p50 == pytest.approx(lag_ms, abs=1.0)
+    assert found.max - found.p50 <= 1.0
+
+
+def test_report_motion_of_every_run_and_second_is_in_the_spread():
+    """It was one number, fitted over the whole of the last run: no spread, no count, no others."""
+    found = report_of([moving_arm(40, late_lag_ms=90), moving_arm(150)]).motor.command_to_motion_ms
+    assert found.n >= 8
+    assert found.max == pytest.approx(150, abs=1.0)
+    assert found.mean < 130
+
+
+def test_report_arm_that_stands_has_no_lag():
+    raw = moving_arm(80)
+    for records in (raw.commands, raw.states):
+        records["position"] *= 0.001
+    assert report_of([raw]).motor.command_to_motion_ms is None
+
+
+def test_report_counts_limits_missing_sends_and_used_up_plans():
+    story = Story()
+    raw = story.raw()
+    running = np.flatnonzero(raw.ticks["chunk_idx"] >= 0)
+    raw.ticks["flags"][running[:30]] |= int(TickFlag.VELOCITY)
+    raw.ticks["flags"][running[:10]] |= int(TickFlag.ACCELERATION)
+    raw.ticks["flags"][running[:4]] |= int(TickFlag.NOT_SENT)
+    raw.ticks["row"][running[-20:]] = SPEC.n_rows - 1
+    motor = report_of([raw]).motor
+    assert motor.limited_ticks["velocity"] == 30
+    assert motor.limited_ticks["acceleration"] == 10
+    assert motor.limited_ticks["position"] == 0
+    assert motor.n_not_sent == 4
+    assert motor.used_up_ms == pytest.approx(20 * 5.0)
+
+
+def test_report_histograms_hold_every_tick_where_it_belongs():
+    story = Story()
+    story.late = {100: 3.0}
+    motor = story.report().motor
+    assert sum(n for _, n in motor.lateness_histogram) == motor.n_ticks
+    # Late by 3 ms makes one period 3 ms too long and the next 3 ms too short.
+    assert sum(n for edge, n in motor.jitter_histogram if edge > 2000) == 2
+    assert sum(n for _, n in motor.jitter_histogram) == motor.n_ticks - 1
+
+
+def test_report_runs_are_pooled_for_every_camera():
+    """With --repeat the transport was the last run's, beside counts of all runs."""
+    stories = [Story(), Story()]
+    stories[0].transport, stories[1].transport = 1.0, 3.0
+    report = report_of([s.raw() for s in stories])
+    assert report.cameras[0].transport_ms.n == report.cameras[0].n_used
+    assert report.cameras[0].transport_ms.mean == pytest.approx(2.0)
+    assert report.chunks.run.count(1) == 60
+
+
+def test_tables_print_what_is_in_the_report(capsys, monkeypatch):
+    """Used-up plans, limits, missing sends and rows were in the JSON and nowhere else."""
+    monkeypatch.setenv("COLUMNS", "200")
+    raw = moving_arm(80)
+    raw.ticks["flags"][:9] |= int(TickFlag.WORKSPACE)
+    raw.ticks["flags"][:3] |= int(TickFlag.NOT_SENT)
+    say_report(report_of([raw]))
+    out = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "3 ticks without a command", "workspace 9", "at the end of a plan", "are executed",
+        "motion after command", "lost in them",
+    ):  # fmt: skip
+        assert words in out
 
 
 def test_report_sync_execution_says_how_long_the_arm_stands():

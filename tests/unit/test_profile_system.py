@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
+import sys
+import tracemalloc
 import types
 
+import msgspec
+import numpy as np
 import pytest
-from profile_story import MS, SPEC, T0, Story
+from profile_story import MS, SPEC, T0, Story, report_of, verdict
 
 from gwp_edge.drivers.disturbed import DisturbedCamera
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
-from gwp_edge.profiling.collect import Listener
+from gwp_edge.mailbox import Board
+from gwp_edge.profiling.collect import Listener, random_observation
 from gwp_edge.profiling.columns import SEGMENTS
-from gwp_edge.profiling.cost import measure_cost
+from gwp_edge.profiling.cost import _tick, measure_cost
 from gwp_edge.profiling.disturb import _burn, _stream, disturbed_robot, parse_disturbances
 from gwp_edge.profiling.jetson_stats import parse_tegrastats
 from gwp_edge.profiling.roofline import cached_limits
+from gwp_edge.profiling.schema import Cost
+from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.profiling.system_sampler import SystemSampler, SystemSamples
+from gwp_edge.profiling.verdicts import _overhead
 from gwp_edge.robots import load_robot
+from gwp_edge.shared_memory import SHM_DIR, fence
+from gwp_edge.telemetry import StageTimes
+
+CHEAP = Cost(
+    listener_percent=0.5, sampler_percent=0.4, view_percent=0.1, helper_percent=0.1, stamp_us=7.0,
+    stamp_percent=0.01, tick_us=3.0, n_lost={},
+)  # fmt: skip
 
 # -- disturbances
 
@@ -187,10 +203,113 @@ def test_parse_tegrastats_reads_documented_fields():
     assert parse_tegrastats("") == {}
 
 
-def test_measure_cost_leaves_nothing_behind():
+def test_measure_cost_measures_the_dearest_tick_and_leaves_nothing_behind(monkeypatch):
+    """The tick that was timed had no limit in force, while half of the real ones count some."""
+    counted, created = [], []
+    make = Board.create
+
+    def create(*sizes):
+        created.append(make(*sizes))
+        return created[-1]
+
+    close = Board.close
+
+    def look(board):
+        counted.append(board.interventions.sum(axis=1).copy())
+        close(board)
+
+    monkeypatch.setattr(Board, "create", create)
+    monkeypatch.setattr(Board, "close", look)
     stamp_us, tick_us = measure_cost(SPEC)
     assert stamp_us > 0
     assert tick_us > 0
+    assert (counted[0] > 0).all(), "every channel was limited in every tick"
+    assert not (SHM_DIR / created[0].name).exists()
+
+
+@pytest.mark.parametrize(
+    ("costs", "words"),
+    [
+        ({"tick_us": 5.1}, "5.1 us of a motor tick"),
+        ({"stamp_percent": 1.2}, "1.20 % of a chunk"),
+        ({"sampler_percent": 0.7, "helper_percent": 0.6}, "1.30 % of a core"),
+    ],
+)
+def test_report_profiling_that_costs_more_than_it_may_is_a_verdict(costs, words):
+    cost = msgspec.structs.replace(CHEAP, **costs)
+    assert _overhead(CHEAP) is None
+    found = _overhead(cost)
+    assert found.level == "warn"
+    assert words in found.text
+
+
+def test_report_of_a_dear_profile_holds_the_verdict():
+    report = report_of([Story().raw()], cost_us=(2000.0, 3.0))
+    assert verdict(report, "overhead").blames == "profiling"
+    assert "of a chunk" in verdict(report, "overhead").text
+
+
+def noted(board):
+    """Return what notes a tick and a chunk, as the loops do."""
+    tick = _tick(board, SPEC)
+    observation = random_observation(SPEC, np.random.default_rng(0), 0)
+    timing = StageTimes(
+        preprocess_ns=1, vision_ns=1, prefill_ns=1, denoise_ns=(1, 1), postprocess_ns=1
+    )
+    moments = dict.fromkeys(("t_started_ns", "t_built_ns", "t_predicted_ns", "t_published_ns"), 5)
+
+    def note():
+        tick()
+        board.stamps.append(stamp_record(0, observation, timing, **moments))
+
+    return note
+
+
+@pytest.fixture
+def board():
+    made = Board.create(SPEC.n_channels, SPEC.n_rows)
+    yield made
+    made.close()
+    made.unlink()
+
+
+def test_noting_ticks_and_chunks_keeps_no_memory(board):
+    note = noted(board)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for _ in range(3000):  # until the interpreter's own stock of small objects is full
+            note()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(3000):
+            note()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    # Less than one byte a note.
+    assert grown < 3000
+
+
+def test_noting_ticks_and_chunks_takes_no_lock_and_waits_for_nobody(board):
+    """But for the fence of the shared memory, whose lock is the process's own and never held."""
+    note, called = noted(board), set()
+    note()
+
+    def see(frame, event, arg):
+        if event == "c_call" and frame.f_code is not fence.__code__:
+            called.add(f"{type(arg.__self__).__name__}.{arg.__name__}")
+        elif event == "call":
+            called.add(f"{frame.f_code.co_filename}.{frame.f_code.co_name}")
+
+    sys.setprofile(see)
+    try:
+        note()
+    finally:
+        sys.setprofile(None)
+    assert any(name.endswith(".append") for name in called), "it saw what was called"
+    words = {name.rsplit(".", 1)[1] for name in called}
+    assert not words & {"acquire", "wait", "sleep", "select", "flock", "open", "read", "write_text"}
+    assert not [name for name in called if name.startswith(("lock.", "RLock.", "Lock."))]
 
 
 def test_cached_limits_measures_once(tmp_path, monkeypatch):
