@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 from gwp_edge.mailbox import N_HISTOGRAM_BINS, Board
 from gwp_edge.protocols import Clock
 from gwp_edge.safety import ACCELERATION, POSITION, VELOCITY, WORKSPACE, Limiter
@@ -15,6 +17,10 @@ _LATE_NS: Final = 1_000_000
 _MAX_SEND_NS: Final = 2**31 - 1
 # In the order of the board's columns.
 _LIMIT_BITS: Final = (POSITION, VELOCITY, ACCELERATION, WORKSPACE)
+# By the flags of a channel: what each of them adds to those columns.
+_COUNTED: Final = np.array(
+    [[bool(flags & bit) for bit in _LIMIT_BITS] for flags in range(2 * WORKSPACE)], np.int64
+)
 
 
 class TickLog:
@@ -67,12 +73,11 @@ class TickLog:
 
     def _count_interventions(self, flags: Sequence[int]) -> int:
         seen = 0
-        if any(flags):
+        for flag in flags:
+            seen |= flag
+        if seen:
             counts = self._board.interventions
-            for i, flag in enumerate(flags):
-                if flag:
-                    seen |= flag
-                    for k, bit in enumerate(_LIMIT_BITS):
-                        if flag & bit:
-                            counts[i, k] += 1
+            # One addition for all channels: counting them one by one took longer than the rest of
+            # the tick's record when a limit acted on many. Wrapping never raises.
+            np.add(counts, _COUNTED.take(flags, axis=0, mode="wrap"), out=counts)
         return seen

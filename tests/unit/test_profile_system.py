@@ -30,7 +30,9 @@ from gwp_edge.profiling.system_sampler import SystemSampler, SystemSamples
 from gwp_edge.profiling.verdicts import _overhead
 from gwp_edge.robots import load_robot
 from gwp_edge.shared_memory import SHM_DIR, fence
+from gwp_edge.status import Mode
 from gwp_edge.telemetry import StageTimes
+from gwp_edge.tick_log import TickLog
 
 CHEAP = Cost(
     listener_percent=0.5, sampler_percent=0.4, view_percent=0.1, helper_percent=0.1, stamp_us=7.0,
@@ -263,6 +265,21 @@ def noted(board):
         board.stamps.append(stamp_record(0, observation, timing, **moments))
 
     return note
+
+
+def test_tick_log_counts_every_limit_of_every_channel(board):
+    """Channel by channel it took up to 18 us of a tick when limits acted on all of 14."""
+    D = SPEC.n_channels
+    limiter = types.SimpleNamespace(flags=[0] * D, rejected=None)
+    limiter.flags[1], limiter.flags[2], limiter.flags[D - 1] = 2 | 4, 64, 1
+    schedule = types.SimpleNamespace(t_observed_ns=0, chunk_idx=0, row=lambda _t_ns: 0.0)
+    log = TickLog(board, types.SimpleNamespace(now_ns=lambda: 5), limiter, schedule)
+    for _ in range(3):
+        log.write(t_planned_ns=0, t_woke_ns=1, t_feedback_ns=0, sent=True, send_ns=1, mode=Mode.RUN)
+    expected = np.zeros((D, 4), int)
+    expected[1, 1] = expected[1, 2] = expected[2, 3] = expected[D - 1, 0] = 3
+    np.testing.assert_array_equal(board.interventions, expected)
+    assert set(board.ticks.drain()["flags"]) == {1 | 2 | 4 | 64}
 
 
 @pytest.fixture
