@@ -30,7 +30,7 @@ from gwp_edge.engines.ort import OrtEngine
 from gwp_edge.engines.trt import TrtEngine
 from gwp_edge.engines.trt_build import build_engines, check_buildable
 from gwp_edge.engines.trt_cache import engine_file, engines_root, list_engines
-from gwp_edge.engines.trt_device import DeviceFacts
+from gwp_edge.engines.trt_device import DeviceFacts, last_error, shared_logger
 from gwp_edge.engines.trt_options import BuildOptions
 from gwp_edge.errors import (
     BuildError,
@@ -146,6 +146,21 @@ def test_build_without_any_timing_cache_builds_all_the_same(bundle, gpu):
     gpu.damaged_cache = b""
     build_engines(bundle, BuildOptions())
     assert not list(engines_root(bundle.root).glob("timing-*"))
+
+
+def test_logger_is_one_for_all_and_tells_an_error_once(gpu):
+    """TensorRT tells the first logger what concerns no object; a second one missed it."""
+    first = shared_logger()
+    assert shared_logger() is first
+    first.log(sys.modules["tensorrt"].Logger.Severity.ERROR, "out of\nmemory")
+    assert last_error(shared_logger()) == "out of memory"
+    assert last_error(shared_logger()) == "TensorRT gave no reason"
+
+
+def test_logger_of_another_library_is_another_one(gpu, monkeypatch):
+    first = shared_logger()
+    with installed(monkeypatch, FakeGpu()):
+        assert shared_logger() is not first
 
 
 def test_build_records_the_memory_of_each_engine(built, gpu):

@@ -12,6 +12,7 @@ import ctypes
 import json
 import sys
 import types
+import weakref
 from enum import Enum
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class FakeGpu:
         self.graphs: dict[int, list] = {}
         self.calls: list[str] = []
         self.live: dict[int, object] = {}
+        self.building = weakref.WeakSet()  # what holds weights while an engine is built
         self.scratch_bytes = {"vision": 3000, "prefill": 5000, "denoise": 1000}
         self.damaged_cache = b"damaged"  # such a timing cache is None
         self.contexts = 0
@@ -271,6 +273,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
     class Network:
         def __init__(self):
+            gpu.building.add(self)
             self.path, self.layers, self.debug = None, [], []
 
         @property
@@ -286,6 +289,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
     class Parser:
         def __init__(self, network, logger):
+            gpu.building.add(self)
             self.network, self.errors = network, []
             self.num_errors = 0
 
@@ -307,6 +311,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
     class Builder:
         def __init__(self, logger):
+            gpu.building.add(self)
             self.logger = logger
 
         def create_network(self, flags=0):
@@ -483,6 +488,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
         def deserialize_cuda_engine(self, plan):
             gpu.calls.append("deserialize")
+            assert not gpu.building, "an engine is loaded while parser or builder hold its weights"
             data = bytes(plan)
             if not data.startswith(b"{"):
                 self.logger.log(Logger.Severity.ERROR, "magic tag does not match")
