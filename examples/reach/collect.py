@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import whole_number
 from expert import joints_at, plan
 from words import embed
 
 from gwp_edge.drivers import piper_model
 from gwp_edge.drivers.sim_world import SimWorld
-from gwp_edge.errors import SpecError
+from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.evaluation.tasks import FIRST_DEMONSTRATION_SEED, TouchTask
 from gwp_edge.lerobot.writer import DatasetWriter, EpisodeRows
 from gwp_edge.types import FloatArray, ImageArray
 
 FPS = 30
+#: Of SVT-AV1.
+MAX_CRF = 63
 _TICKS_PER_FRAME = 5
 _NAMES = [*(f"joint{i}.pos" for i in range(1, 7)), "gripper.pos"]
 # Where episodes that start anywhere start: x, y, z of the fingertips, m.
@@ -107,8 +110,14 @@ def collect(root: Path, n_episodes: int, first_seed: int = 0, crf: int = 30) -> 
     """Write a dataset of ``n_episodes`` into ``root``; return its number of frames.
 
     Raises:
-        SpecError: ``root`` is not empty, or the expert fails too often.
+        SpecError: ``root`` is not empty, the seeds are those of evaluations, or the expert fails
+            too often.
     """
+    if first_seed < 0:
+        raise SpecError(
+            f"first seed {first_seed}: expected 0 or more; it counts from "
+            f"{FIRST_DEMONSTRATION_SEED}, and the seeds below are for evaluations"
+        )
     if root.exists() and any(root.iterdir()):
         raise SpecError(f"{root}: already there and not empty; remove it or choose another name")
     task, options = TouchTask(), TouchTask().options()
@@ -129,17 +138,21 @@ def collect(root: Path, n_episodes: int, first_seed: int = 0, crf: int = 30) -> 
     return n_frames
 
 
-def main() -> None:
-    """Read the command line."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line and collect."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("root", type=Path, help="folder to write")
-    parser.add_argument("--episodes", type=int, default=500)
-    parser.add_argument("--first-seed", type=int, default=0, help="two parts need two ranges")
-    parser.add_argument("--crf", type=int, default=30, help="higher is smaller and coarser")
-    args = parser.parse_args()
+    parser.add_argument("--episodes", type=whole_number(1), default=500)
+    parser.add_argument(
+        "--first-seed", type=whole_number(0), default=0, help="two parts need two ranges"
+    )
+    parser.add_argument(
+        "--crf", type=whole_number(0, MAX_CRF), default=30, help="higher is smaller and coarser"
+    )
+    args = parser.parse_args(words)
     try:
         n = collect(args.root, args.episodes, args.first_seed, args.crf)
-    except SpecError as e:
+    except (GwpError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"{args.root}: {args.episodes} episodes, {n} frames")
 

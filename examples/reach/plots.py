@@ -17,9 +17,11 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from arguments import file_to_write
 from matplotlib.figure import Figure
 
 from gwp_edge.errors import GwpError, SpecError
+from gwp_edge.types import FloatArray
 
 _WINDOW_STEPS = 50
 _SIZE_INCH = (8.0, 4.2)
@@ -37,8 +39,7 @@ def losses(policies: Sequence[Path]) -> Figure:
         path = policy / "losses.csv"
         if not path.is_file():
             raise SpecError(f"{path}: not there; give folders that train.py wrote")
-        with path.open(newline="") as file:
-            rows = np.array(list(csv.reader(file))[1:], float)
+        rows = _read_losses(path)
         if len(rows) < 2 * _WINDOW_STEPS:
             raise SpecError(f"{path}: {len(rows)} steps, too few for a curve")
         step = rows[_WINDOW_STEPS - 1 :, 0]
@@ -51,6 +52,16 @@ def losses(policies: Sequence[Path]) -> Figure:
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
     return figure
+
+
+def _read_losses(path: Path) -> FloatArray:
+    """Return step, action loss and video loss of every step, (n, 3)."""
+    try:
+        with path.open(newline="") as file:
+            rows = np.array(list(csv.reader(file))[1:], float).reshape(-1, 3)
+    except (ValueError, csv.Error) as e:
+        raise SpecError(f"{path}: not what train.py wrote ({e})") from e
+    return rows
 
 
 def methods(report: Path) -> Figure:
@@ -87,20 +98,21 @@ def methods(report: Path) -> Figure:
     return figure
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Read the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", choices=("losses", "methods"))
-    parser.add_argument("picture", type=Path, help="SVG or PNG to write")
+    parser.add_argument("picture", type=file_to_write(".svg", ".png"), help="SVG or PNG to write")
     parser.add_argument("sources", type=Path, nargs="+", help="policy folders, or one JSON report")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     # The same picture again is the same file.
     mpl.rcParams["svg.hashsalt"] = "gwp-edge"
+    metadata = {"Date": None} if args.picture.suffix == ".svg" else None
     try:
         figure = losses(args.sources) if args.what == "losses" else methods(args.sources[0])
-    except GwpError as e:
+        figure.savefig(args.picture, metadata=metadata)
+    except (GwpError, OSError) as e:
         sys.exit(f"error: {e}")
-    figure.savefig(args.picture, metadata={"Date": None} if args.picture.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python examples/reach/train.py build/reach/policy build/reach/data0 build/reach/data1
 
-Every stage leaves a file in the output folder and is skipped when that file is there; the last
-stage writes a checkpoint every few minutes and goes on from it. ``--no-video`` trains on the
-action loss alone, for comparison.
+Every stage leaves a file in the output folder, with what it was made from, and is skipped when that
+file is there; a file made from something else is an error. The last stage saves its state every two
+minutes and goes on from it; the autoencoder, stopped half-way, begins anew. ``training.json`` says
+what was run and how long it took. ``--no-video`` trains on the action loss alone, for comparison.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import json
 import logging
 import math
-import shutil
+import pickle
 import sys
 import time
 import warnings
@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import Episode, Windows, example_layout, make_windows, read_episodes
-from model import SIZES, Batch, losses, make_network, prompts, write_checkpoint
+from arguments import whole_number
+from model import Batch, losses, make_network, prompts, write_checkpoint
+from records import TrainingLog, check_same
+from stages import Prepared, prepare
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from vae import encode, load_vae, make_vae, save_vae, scale, train_vae
-from words import embed
+from vae import MIN_VAE_STEPS
 
-from gwp_edge.calibration.statistics import compute_statistics, write_statistics
-from gwp_edge.errors import GwpError
+from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.evaluation.tasks import TouchTask
 from gwp_edge.export.unreduced import UnreducedNetwork
 
@@ -50,20 +50,21 @@ class Trainer:
 
     Args:
         out_dir: where state and losses go.
-        latents: normalised latents of every window, (n, 48, 2, h, w), float16.
-        windows: normalised states and actions.
+        prepared: windows, their latents, and what they were made from.
         n_steps: steps in all.
         with_video: train on the future video too.
         n_copies: noisy copies of the actions per window.
         seed: of weights, batches and noise.
         batch: windows per step.
+
+    Raises:
+        SpecError: not as many latents as windows.
     """
 
     def __init__(
         self,
         out_dir: Path,
-        latents: torch.Tensor,
-        windows: Windows,
+        prepared: Prepared,
         *,
         n_steps: int,
         n_copies: int,
@@ -73,7 +74,12 @@ class Trainer:
     ) -> None:
         self._state_path = out_dir / "training.pt"
         self._losses_path = out_dir / "losses.csv"
-        self._latents = latents
+        windows, self._latents = prepared.windows, prepared.latents
+        if len(self._latents) != len(windows.frame):
+            raise SpecError(
+                f"expected latents of {len(windows.frame)} windows, got {len(self._latents)}; "
+                "remove latents.pt to make them again"
+            )
         self._state = torch.from_numpy(windows.state)
         self._actions = torch.from_numpy(windows.actions)
         self._task = torch.from_numpy(windows.task)
@@ -89,8 +95,16 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self._generator = torch.Generator().manual_seed(seed)
         self._n_batch = batch
+        self._made_from = {
+            **prepared.source,
+            "n_steps": n_steps,
+            "with_video": with_video,
+            "n_copies": n_copies,
+            "seed": seed,
+            "batch": batch,
+        }
         self._step = 0
-        self._seconds = 0.0
+        self.seconds = 0.0
         self.rows: list[tuple[int, float, float]] = []
 
     def _rate(self, step: int) -> float:
@@ -135,20 +149,24 @@ class Trainer:
         self.rows.append((self._step, float(action.detach()), float(video.detach())))
 
     def train(self) -> UnreducedNetwork:
-        """Train to the last step; return the averaged network."""
+        """Train to the last step; return the averaged network.
+
+        Raises:
+            SpecError: the state that is there is of another training, or damaged.
+        """
         self._resume()
         t_start = t_saved = t_said = time.monotonic()
-        before_s = self._seconds
+        before_s = self.seconds
         while self._step < self._n_steps:
             self._train_step()
             now = time.monotonic()
-            self._seconds = before_s + now - t_start
+            self.seconds = before_s + now - t_start
             if now - t_said > _SAY_EVERY_S:
                 t_said = now
                 recent = np.mean([row[1:] for row in self.rows[-100:]], axis=0)
                 logger.info(
                     "step %d of %d, %.0f s: action %.4f, video %.4f",
-                    *(self._step, self._n_steps, self._seconds, *recent),
+                    *(self._step, self._n_steps, self.seconds, *recent),
                 )
             if now - t_saved > _SAVE_EVERY_S or self._step == self._n_steps:
                 t_saved = now
@@ -157,13 +175,14 @@ class Trainer:
 
     def _save(self) -> None:
         state = {
+            "made_from": self._made_from,
             "network": self.network.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "generator": self._generator.get_state(),
             "step": self._step,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
             "rows": self.rows,
         }
         beside = self._state_path.with_suffix(".part")
@@ -175,108 +194,100 @@ class Trainer:
     def _resume(self) -> None:
         if not self._state_path.is_file():
             return
-        state = torch.load(self._state_path, weights_only=True)
+        try:
+            state = torch.load(self._state_path, weights_only=True)
+            made_from = state["made_from"]
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            LookupError,
+            TypeError,
+            pickle.UnpicklingError,
+        ) as e:
+            reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise SpecError(
+                f"{self._state_path}: not the state of a training ({reason}); remove it to "
+                "begin anew"
+            ) from e
+        check_same(self._state_path, made_from, self._made_from)
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._generator.set_state(state["generator"])
-        self._step, self._seconds = state["step"], state["seconds"]
+        self._step, self.seconds = state["step"], state["seconds"]
         self.rows = [tuple(row) for row in state["rows"]]
         logger.info("going on from step %d", self._step)
 
 
-def encode_windows(
-    folder: Path, episodes: Sequence[Episode], windows: Windows, *, batch: int = 8
-) -> torch.Tensor:
-    """Return raw latents of every window, present and future frame, (n, 48, 2, h, w), float16."""
-    vae = load_vae(folder)
-    latents = []
-    t_said = time.monotonic()
-    for first in range(0, len(windows.frame), batch):
-        chosen = slice(first, first + batch)
-        pairs = zip(windows.episode[chosen], windows.frame[chosen], strict=True)
-        clips = np.stack([episodes[e].clip(int(f)) for e, f in pairs])
-        latents.append(encode(vae, clips).half())
-        if time.monotonic() - t_said > _SAY_EVERY_S:
-            t_said = time.monotonic()
-            logger.info("encoded %d of %d windows", first + len(clips), len(windows.frame))
-    return torch.cat(latents)
-
-
-def prepare(
-    out_dir: Path, roots: Sequence[Path], *, vae_steps: int, vae_from: Path | None
-) -> tuple[Windows, torch.Tensor]:
-    """Make statistics, autoencoder and latents, or read those that are there."""
-    stats_path = out_dir / "norm_stats.json"
-    if not stats_path.is_file():
-        n_rows = example_layout().n_rows
-        stats = compute_statistics(roots, n_rows=n_rows, width=SIZES.n_action_channels)
-        write_statistics(stats_path, stats)
-    tasks = list(TouchTask.instructions)
-    (out_dir / "t5_embedding").mkdir(exist_ok=True)
-    for task in tasks:
-        torch.save({"t5_embedding": embed(task)}, out_dir / "t5_embedding" / f"{task}.pt")
-    episodes = read_episodes(roots)
-    logger.info("read %d episodes", len(episodes))
-    windows = make_windows(episodes, tasks, stats_path, SIZES.n_action_channels)
-    vae_dir = out_dir / "base_model" / "vae"
-    raw_path = out_dir / "latents.pt"
-    if vae_from is not None and not raw_path.is_file():
-        shutil.copytree(vae_from / "base_model" / "vae", vae_dir, dirs_exist_ok=True)
-        shutil.copy(vae_from / "latents.pt", raw_path)
-    if not vae_dir.is_dir():
-        t0 = time.monotonic()
-        vae = make_vae()
-        history = train_vae(vae, [e.canvases for e in episodes], n_steps=vae_steps)
-        beside = out_dir / "vae.part"
-        save_vae(vae, beside, torch.zeros(1, 48, 1, 1, 2))
-        sample = slice(0, None, max(1, len(windows.frame) // 256))
-        some = Windows(**{k: getattr(windows, k)[sample] for k in Windows.__dataclass_fields__})
-        save_vae(load_vae(beside), beside, encode_windows(beside, episodes, some).float())
-        vae_dir.parent.mkdir(exist_ok=True)
-        beside.replace(vae_dir)
-        (out_dir / "vae_losses.json").write_text(json.dumps(history))
-        logger.info("vae: %d steps in %.0f s", vae_steps, time.monotonic() - t0)
-    if not raw_path.is_file():
-        torch.save(encode_windows(vae_dir, episodes, windows), raw_path)
-    mean, std = scale(load_vae(vae_dir))
-    latents = torch.load(raw_path, weights_only=True)
-    return windows, ((latents.float() - mean) / std).half()
-
-
-def main() -> None:
-    """Read the command line and train."""
+def read_command(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path, help="folder for checkpoint, VAE, statistics, prompts")
     parser.add_argument("data", type=Path, nargs="+", help="LeRobot datasets from collect.py")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--copies", type=int, default=2, help="noisy copies of each window")
+    parser.add_argument("--steps", type=whole_number(1), default=3000)
+    parser.add_argument("--vae-steps", type=whole_number(MIN_VAE_STEPS), default=2000)
+    parser.add_argument(
+        "--copies", type=whole_number(1), default=2, help="noisy copies of each window"
+    )
+    parser.add_argument("--batch", type=whole_number(1), default=BATCH, help="windows per step")
     parser.add_argument("--no-video", action="store_true", help="train on the action loss alone")
     parser.add_argument("--vae-from", type=Path, help="take autoencoder and latents from there")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    return parser.parse_args(words)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do every stage that is not done, and write the checkpoint.
+
+    Raises:
+        SpecError: the data does not fit, or files are there that were made from something else.
+    """
     args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        windows, latents = prepare(
-            args.out, args.data, vae_steps=args.vae_steps, vae_from=args.vae_from
-        )
-    except GwpError as e:
-        sys.exit(f"error: {e}")
-    logger.info("training on %d windows", len(windows.frame))
-    trainer = Trainer(
+    recipe = {
+        "n_steps": args.steps,
+        "with_video": not args.no_video,
+        "n_copies": args.copies,
+        "seed": args.seed,
+        "batch": args.batch,
+    }
+    log = TrainingLog(args.out / "training.json", {**recipe, **_paths(args)})
+    prepared = prepare(
         args.out,
-        latents,
-        windows,
-        n_steps=args.steps,
-        n_copies=args.copies,
-        with_video=not args.no_video,
+        args.data,
+        log,
+        vae_steps=args.vae_steps,
+        vae_from=args.vae_from,
         seed=args.seed,
     )
-    write_checkpoint(trainer.train().state_dict(), args.out / "checkpoint")
-    logger.info("wrote %s", args.out / "checkpoint")
+    logger.info("training on %d windows", len(prepared.windows.frame))
+    trainer = Trainer(args.out, prepared, **recipe)
+    average = trainer.train()
+    write_checkpoint(average.state_dict(), args.out / "checkpoint")
+    log.note(
+        "network",
+        seconds=trainer.seconds,
+        steps_per_s=args.steps / trainer.seconds,
+        last_losses=np.mean([row[1:] for row in trainer.rows[-100:]], axis=0).tolist(),
+        **recipe,
+    )
+    logger.info("wrote %s after %.0f s", args.out / "checkpoint", trainer.seconds)
+
+
+def _paths(args: argparse.Namespace) -> dict[str, object]:
+    vae_from = None if args.vae_from is None else str(args.vae_from)
+    return {"data": list(map(str, args.data)), "vae_from": vae_from, "vae_steps": args.vae_steps}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the command line and train."""
+    args = read_command(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        run(args)
+    except (GwpError, OSError) as e:
+        sys.exit(f"error: {' '.join(str(e).split())}")
 
 
 if __name__ == "__main__":

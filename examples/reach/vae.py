@@ -7,6 +7,7 @@ same sum; a first frame, which sees only zeros before it, needs the last tempora
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
+from gwp_edge.errors import SpecError
+
 logger = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 48
@@ -27,6 +30,8 @@ _CROP_PX = 96
 _LEARNING_RATE = 2e-3
 _CLIP_EVERY = 3  # every third step trains the temporal path, on crops; the others single frames
 _COLOUR_WEIGHT = 20.0
+#: The schedule of the learning rate needs some steps to rise and to fall.
+MIN_VAE_STEPS = 12
 
 
 class _FastConv(WanCausalConv3d):  # type: ignore[misc]  # diffusers has no types
@@ -197,10 +202,21 @@ def save_vae(vae: AutoencoderKLWan, folder: Path, latents: torch.Tensor) -> None
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.to(torch.bfloat16).save_pretrained(folder)
     vae.to(torch.float32)
+    # diffusers notes the folder that weights were read from, which nobody else has.
+    config = folder / "config.json"
+    entries = json.loads(config.read_text())
+    entries.pop("_name_or_path", None)
+    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
 
 
 def load_vae(folder: Path) -> AutoencoderKLWan:
-    """Read what :func:`save_vae` wrote, in float32."""
+    """Read what :func:`save_vae` wrote, in float32.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if not (folder / "config.json").is_file():  # diffusers would look for it on the internet
+        raise SpecError(f"{folder}: no autoencoder there; expected config.json and weights")
     vae: Any = AutoencoderKLWan.from_pretrained(folder)
     return quicken(vae.float().eval())
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import reach_rig
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -15,7 +17,7 @@ pytest.importorskip("mujoco")
 
 pytestmark = [pytest.mark.export, pytest.mark.sim]
 
-_EXAMPLE = Path(__file__).parents[2] / "examples" / "reach"
+_EXAMPLE = reach_rig.EXAMPLE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,11 +29,7 @@ def _example_path() -> Any:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import collect
-
-    root = tmp_path_factory.mktemp("reach") / "data"
-    collect.collect(root, 4)
-    return root
+    return reach_rig.four_episodes(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -213,44 +211,8 @@ def test_clip_shows_the_quarters_of_the_window(dataset: Path) -> None:
     np.testing.assert_array_equal(clip[1], episode.canvases[3])
 
 
-def test_training_resumes_and_its_checkpoint_exports(dataset: Path, tmp_path: Path) -> None:
-    import data
-    import model
-    import train
-
-    from gwp_edge.calibration.statistics import compute_statistics, write_statistics
-    from gwp_edge.export.unreduced_serving import load_network
-
-    stats = tmp_path / "norm_stats.json"
-    write_statistics(stats, compute_statistics([dataset], n_rows=48, width=8))
-    episodes = data.read_episodes([dataset])
-    windows = data.make_windows(episodes, list(train.TouchTask.instructions), stats, 8)
-    latents = torch.randn(
-        (len(windows.frame), 48, 2, 14, 12), generator=torch.Generator().manual_seed(0)
-    ).half()
-
-    def trainer(out: Path, n_steps: int) -> Any:
-        out.mkdir(exist_ok=True)
-        return train.Trainer(
-            out, latents, windows, n_steps=n_steps, n_copies=1, with_video=True, seed=0, batch=2
-        )
-
-    stopped = trainer(tmp_path / "a", 2)
-    stopped.train()
-    resumed = trainer(tmp_path / "a", 3)
-    average = resumed.train()
-    assert [row[0] for row in resumed.rows] == [1, 2, 3]
-    assert (tmp_path / "a" / "losses.csv").read_text().count("\n") == 4
-    model.write_checkpoint(average.state_dict(), tmp_path / "checkpoint")
-    loaded = load_network(tmp_path / "checkpoint")
-    for name, value in average.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], value.bfloat16().float())
-
-
 def test_plots_show_losses_and_methods_and_name_what_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    import json
-
     import plots
 
     from gwp_edge.errors import SpecError
@@ -273,3 +235,84 @@ def test_plots_show_losses_and_methods_and_name_what_is_missing(tmp_path: Path) 
     report.write_text("{}")
     with pytest.raises(SpecError, match="not a report"):
         plots.methods(report)
+
+
+def test_demonstrations_never_take_seeds_of_evaluations(tmp_path: Path) -> None:
+    """A first seed of -1000000 made demonstrations of the scenes that policies are judged by."""
+    import collect
+
+    from gwp_edge.errors import SpecError
+
+    with pytest.raises(SpecError, match="first seed -1000000: expected 0 or more"):
+        collect.collect(tmp_path / "data", 1, -1_000_000)
+    assert not (tmp_path / "data").exists()
+
+
+def test_shipped_policy_and_episodes_stay_small_and_name_no_folder() -> None:
+    files = [p for part in ("policy", "episodes") for p in (_EXAMPLE / part).rglob("*")]
+    sizes = {p: p.stat().st_size for p in files if p.is_file()}
+    assert len(sizes) > 15
+    assert 6_000_000 < sum(sizes.values()) <= 8_000_000
+    vae = json.loads((_EXAMPLE / "policy/base_model/vae/config.json").read_text())
+    assert vae["z_dim"] == 48
+    assert "_name_or_path" not in vae
+
+
+def test_real_lerobot_opens_the_shipped_episodes() -> None:
+    lerobot_dataset = pytest.importorskip("lerobot.datasets.lerobot_dataset")
+    opened = lerobot_dataset.LeRobotDataset("reach/episodes", root=_EXAMPLE / "episodes")
+    assert opened.num_episodes == 10
+    assert opened.fps == 30
+    for row in (0, len(opened) - 1):
+        sample = opened[row]
+        assert sample["task"] in {"touch the red cube", "touch the blue cube"}
+        assert sample["observation.images.cam_high"].shape == (3, 160, 240)
+        assert sample["observation.state"].shape == (7,)
+    assert [int(opened[row]["episode_index"]) for row in (0, len(opened) - 1)] == [0, 9]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("collect", ["{tmp}/data", "--crf", "99"], "expected 0 to 63, got 99"),
+        ("collect", ["{tmp}/data", "--first-seed", "-1"], "whole number of 0 or more, got -1"),
+        ("train", ["{tmp}/out", "{data}", "--steps", "0"], "whole number of 1 or more, got 0"),
+        ("train", ["{tmp}/out", "{data}", "--vae-steps", "0"], "whole number of 12 or more"),
+        ("train", ["{tmp}/out", "{data}", "--copies", "x"], "whole number of 1 or more, got x"),
+        ("train", ["{tmp}/out", "{tmp}/none"], "none: not a LeRobot dataset"),
+        (
+            "train",
+            ["{tmp}/out", "{data}", "--vae-from", "{tmp}"],
+            "has no base_model/vae/diffusion_pytorch_model.safetensors",
+        ),
+        ("imagine", ["{tmp}/none", "{data}", "{tmp}/x.png"], "no autoencoder there"),
+        ("imagine", ["{policy}", "{tmp}/none", "{tmp}/x.png"], "none: not a LeRobot dataset"),
+        ("imagine", ["{policy}", "{data}", "{tmp}/none/x.png"], "its folder does not exist"),
+        ("imagine", ["{policy}", "{data}", "{tmp}/x.tga"], "expected a name in .png, .jpg"),
+        ("imagine", ["{policy}", "{data}", "{tmp}/x.png", "--frame", "3"], "expected one of 0, 8"),
+        ("plots", ["losses", "{tmp}/x.xyz", "{tmp}"], "expected a name in .svg, .png"),
+        ("plots", ["losses", "{tmp}/x.svg", "{tmp}"], "losses.csv: not what train.py wrote"),
+    ],
+)
+def test_bad_input_is_named_in_one_line_and_writes_nothing(
+    script: str,
+    words: list[str],
+    message: str,
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each of these was a traceback, or wrote an untrained checkpoint and said success."""
+    if script == "plots":
+        pytest.importorskip("matplotlib")
+    import importlib
+
+    (tmp_path / "losses.csv").write_text("step,action,video\n1,soon,2\n")
+    names = {"tmp": tmp_path, "data": dataset, "policy": _EXAMPLE / "policy"}
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(script).main([word.format(**names) for word in words])
+    said = capsys.readouterr().err if caught.value.code == 2 else str(caught.value.code)
+    assert message in said
+    assert caught.value.code == 2 or "\n" not in said
+    written = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert not written & {"x.png", "x.svg", "training.pt", "diffusion_pytorch_model.safetensors"}
