@@ -17,41 +17,19 @@ import numpy as np
 from gwp_edge.bundle import STAGES, Manifest, Stage
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import Limits
+from gwp_edge.profiling.blocks import Roofline, RooflineStage, StageReport, Summary, Times
 from gwp_edge.profiling.columns import Chunks, Phase
 from gwp_edge.profiling.context import Context
 from gwp_edge.protocols import Engine
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array, ImageArray
 
+__all__ = ["BenchReport", "Roofline", "StageReport", "Summary", "Times"]
+
 SCHEMA = "gwp-edge.bench"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _CACHE_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 Progress = Callable[[str, int, int], None]
-
-
-class Times(msgspec.Struct, frozen=True, kw_only=True):
-    """Distribution of n measured times, ms."""
-
-    n: int
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
-    min_ms: float
-    max_ms: float
-
-    @classmethod
-    def of(cls, times_ns: Sequence[int]) -> Times:
-        """Compute it from times, ns."""
-        ms = np.asarray(times_ns, dtype=np.float64) / 1e6
-        p50, p95, p99 = (float(p) for p in np.percentile(ms, (50, 95, 99)))
-        return cls(
-            n=len(ms),
-            p50_ms=p50,
-            p95_ms=p95,
-            p99_ms=p99,
-            min_ms=float(ms.min()),
-            max_ms=float(ms.max()),
-        )
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,44 +37,25 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         flops: operations of its products, a multiply-add counted as two.
-        n_bytes: weights, and K/V caches, that it reads once, in their stored formats.
+        n_bytes: weights, and K/V caches, that it reads once, in their stored formats; what passes
+            between layers is not counted.
+        int8_flops: those of ``flops`` in int8 layers.
     """
 
     flops: int
     n_bytes: int
+    int8_flops: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(flops=self.flops + other.flops, n_bytes=self.n_bytes + other.n_bytes)
+        return Cost(
+            flops=self.flops + other.flops,
+            n_bytes=self.n_bytes + other.n_bytes,
+            int8_flops=self.int8_flops + other.int8_flops,
+        )
 
     def times(self, n: int) -> Cost:
         """Return the cost of n passes."""
-        return Cost(flops=self.flops * n, n_bytes=self.n_bytes * n)
-
-
-class StageReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage, or the whole chunk, against its limits.
-
-    Attributes:
-        times: what it took.
-        gflop: operations.
-        mbyte: bytes read.
-        gflop_s: achieved rate at p50.
-        gbyte_s: achieved rate at p50.
-        gemm_floor_ms: operations at the best measured GEMM rate.
-        memory_floor_ms: bytes at the measured streaming rate.
-        ratio_to_gemm_floor: p50 over ``gemm_floor_ms``.
-        percent_of_limit: the larger floor over p50; 100 is as fast as this machine can.
-    """
-
-    times: Times
-    gflop: float
-    mbyte: float
-    gflop_s: float
-    gbyte_s: float
-    gemm_floor_ms: float
-    memory_floor_ms: float
-    ratio_to_gemm_floor: float
-    percent_of_limit: float
+        return Cost(flops=self.flops * n, n_bytes=self.n_bytes * n, int8_flops=self.int8_flops * n)
 
 
 class EagerReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,8 +86,10 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         family: of the network.
         warmup: chunks left out of the times; they are in ``chunks`` as cold and warm.
         limits: of the machine, the better of before and after.
-        stages: against those.
+        stages: against those, one pass each.
         chunk: likewise, all stages of a chunk.
+        phases: as a profile has them: of every stage of a chunk, ``denoise`` all its steps.
+        roofline: likewise, of the steady phase.
         chunks: one by one, as a profile has them; "profile compare" reads these.
         eager: the original, or None where it was not timed.
     """
@@ -142,6 +103,8 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     limits: Limits
     stages: dict[str, StageReport]
     chunk: StageReport
+    phases: dict[Phase, dict[str, Summary]]
+    roofline: Roofline
     chunks: Chunks
     eager: EagerReport | None
 
@@ -183,6 +146,7 @@ def stage_costs(manifest: Manifest) -> dict[Stage, Cost]:
         costs[stage] = Cost(
             flops=sum(layer.flops for layer in layers),
             n_bytes=sum(layer.weight_bytes for layer in layers),
+            int8_flops=sum(layer.flops for layer in layers if layer.format == "int8"),
         )
     caches = _step_cache_bytes(manifest.spec, manifest.precision.cache)
     costs["denoise"] += Cost(flops=0, n_bytes=caches)
@@ -266,6 +230,55 @@ def _columns(every: list[dict[Stage, list[int]]], t_ns: list[int], warmup: int) 
     )
 
 
+def joined(runs: Sequence[EngineTimes]) -> EngineTimes:
+    """Return the times of several runs as one, each chunk with the number of its run."""
+    columns = [times.columns for times in runs]
+    none: list[float | None] = [None for c in columns for _ in c.t_s]
+    return EngineTimes(
+        stages={stage: [t for times in runs for t in times.stages[stage]] for stage in STAGES},
+        chunks=[t for times in runs for t in times.chunks],
+        columns=Chunks(
+            t_s=[t for c in columns for t in c.t_s],
+            phase=[p for c in columns for p in c.phase],
+            run=[i for i, c in enumerate(columns) for _ in c.t_s],
+            segments_ms={s: [v for c in columns for v in c.segments_ms[s]] for s in STAGES},
+            steps_ms=[steps for c in columns for steps in c.steps_ms],
+            cpu_ms=none,
+            frame_to_chunk_ms=none,
+            frame_to_command_ms=none,
+            interval_ms=none,
+            slack_ms=none,
+        ),
+    )
+
+
+def chunk_phases(chunks: Chunks) -> dict[Phase, dict[str, Summary]]:
+    """Return the distribution of every stage of a chunk and of their sum, phase by phase."""
+    segments = {k: np.array(v, np.float64) for k, v in chunks.segments_ms.items()}
+    segments["chunk"] = np.sum(list(segments.values()), axis=0)
+    found: dict[Phase, dict[str, Summary]] = {}
+    for phase in dict.fromkeys(chunks.phase):
+        rows = np.array([p == phase for p in chunks.phase])
+        of_phase = [chunks.steps_ms[i] for i in np.flatnonzero(rows)]
+        values = {k: v[rows] for k, v in segments.items()}
+        values["denoise step"] = np.array([ms for steps in of_phase for ms in steps])
+        summaries = {k: Summary.of(v) for k, v in values.items()}
+        found[phase] = {k: v for k, v in summaries.items() if v is not None}
+    return found
+
+
+def chunk_roofline(chunks: Chunks, manifest: Manifest, limits: Limits) -> Roofline:
+    """Return every stage of the steady chunks against the limits; ``denoise`` is all steps."""
+    costs, stages = stage_costs(manifest), {}
+    steady = [i for i, phase in enumerate(chunks.phase) if phase == "steady"]
+    for stage in STAGES:
+        spent = [chunks.segments_ms[stage][i] or 0.0 for i in steady]
+        n_passes = len(chunks.steps_ms[steady[0]]) if stage == "denoise" else 1
+        report = judge([round(ms * 1e6) for ms in spent], costs[stage].times(n_passes), limits)
+        stages[str(stage)] = against_roof(report)
+    return Roofline(limits=limits, stages=stages)
+
+
 def random_input(spec: PolicySpec, rng: np.random.Generator) -> ChunkInput:
     """Draw what one chunk starts from."""
     A, H = spec.network.n_action_channels, spec.n_rows
@@ -310,11 +323,13 @@ def run_chunk(
 def judge(times_ns: Sequence[int], cost: Cost, limits: Limits) -> StageReport:
     """Return times and cost of a stage against the limits of the machine."""
     times = Times.of(times_ns)
-    gemm_floor_ms = cost.flops / limits.best_gflop_s / 1e6
+    float_ms = (cost.flops - cost.int8_flops) / limits.best_of("fp32") / 1e6
+    gemm_floor_ms = float_ms + cost.int8_flops / limits.best_of("int8") / 1e6
     memory_floor_ms = cost.n_bytes / limits.stream_gb_s / 1e6
     return StageReport(
         times=times,
         gflop=cost.flops / 1e9,
+        int8_gflop=cost.int8_flops / 1e9,
         mbyte=cost.n_bytes / 1e6,
         gflop_s=cost.flops / times.p50_ms / 1e6,
         gbyte_s=cost.n_bytes / times.p50_ms / 1e6,
@@ -322,6 +337,17 @@ def judge(times_ns: Sequence[int], cost: Cost, limits: Limits) -> StageReport:
         memory_floor_ms=memory_floor_ms,
         ratio_to_gemm_floor=times.p50_ms / gemm_floor_ms,
         percent_of_limit=100 * max(gemm_floor_ms, memory_floor_ms) / times.p50_ms,
+    )
+
+
+def against_roof(report: StageReport) -> RooflineStage:
+    """Return a stage with its bound and what is left above it."""
+    ceiling_ms = max(report.gemm_floor_ms, report.memory_floor_ms)
+    return RooflineStage(
+        bound="compute" if report.gemm_floor_ms >= report.memory_floor_ms else "memory",
+        ceiling_ms=ceiling_ms,
+        left_ms=max(0.0, report.times.p50_ms - ceiling_ms),
+        report=report,
     )
 
 

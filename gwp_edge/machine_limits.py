@@ -1,4 +1,4 @@
-"""What this machine can do at best: float32 matrix products and streaming memory.
+"""What this machine can do at best: matrix products, float32 and 8 bits, and streaming memory.
 
 A stage cannot be faster than its operations at the first rate, nor than its bytes at the second,
 so a measured time is judged by its distance from them.
@@ -6,20 +6,22 @@ so a measured time is judged by its distance from them.
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import shutil
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from gwp_edge.types import Float32Array
+from gwp_edge.product_models import float_product, integer_product
 
 GemmShape = tuple[int, int, int]
 
@@ -32,15 +34,13 @@ GEMM_SHAPES: tuple[GemmShape, ...] = (
     (48, 1024, 4096),
     (48, 1024, 3072),
 )
+_N_INT8_SHAPES = 2
 _STREAM_BYTES = 512 << 20
 # A network reads each weight once in a pass, so a product that finds its weight in the cache from
 # the time before would promise too much: many weights take turns, together larger than any cache.
 _TURNS_BYTES = 256 << 20
 _MIN_SECONDS_PER_RATE = 0.6
 _MIN_REPEATS = 3
-_FLOAT = 1
-_OPSET = 20
-_IR_VERSION = 10
 
 
 class GemmRate(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,26 +55,50 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         threads: CPU threads used.
-        gemm: rate of each shape.
+        gemm: rate of each shape, float32.
         stream_gb_s: rate of reading a large array once.
+        gemm_int8: likewise of products of 8-bit codes in 32-bit integers, which is what int8 layers
+            are here; empty where they were not measured.
+        measured_at: UTC, ISO 8601; None where it is not known.
+        load_before: load average of a minute when it began; a busy machine shows lower limits.
     """
 
     threads: int
     gemm: tuple[GemmRate, ...]
     stream_gb_s: float
+    gemm_int8: tuple[GemmRate, ...] = ()
+    measured_at: str | None = None
+    load_before: float | None = None
 
     @property
     def best_gflop_s(self) -> float:
-        """The highest rate of any shape: what no layer is expected to beat."""
+        """The highest float32 rate of any shape: what no such layer is expected to beat."""
         return max(rate.gflop_s for rate in self.gemm)
+
+    def best_of(self, layer_format: str) -> float:
+        """Return the highest rate of a layer's format, in units of ``gflop_s``.
+
+        ONNX Runtime computes everything but int8 in float32 on the processor: weights in fewer
+        bits are unpacked before.
+        """
+        if layer_format == "int8" and self.gemm_int8:
+            return max(rate.gflop_s for rate in self.gemm_int8)
+        return self.best_gflop_s
 
     def merged(self, other: Limits) -> Limits:
         """Return the better of two measurements, shape by shape."""
-        pairs = zip(self.gemm, other.gemm, strict=True)
+
+        def better(a: Sequence[GemmRate], b: Sequence[GemmRate]) -> tuple[GemmRate, ...]:
+            pairs = zip(a, b, strict=True)
+            return tuple(max(a, b, key=lambda r: r.gflop_s) for a, b in pairs)
+
         return Limits(
             threads=self.threads,
-            gemm=tuple(max(a, b, key=lambda r: r.gflop_s) for a, b in pairs),
+            gemm=better(self.gemm, other.gemm),
             stream_gb_s=max(self.stream_gb_s, other.stream_gb_s),
+            gemm_int8=better(self.gemm_int8, other.gemm_int8),
+            measured_at=self.measured_at,
+            load_before=self.load_before,
         )
 
 
@@ -85,7 +109,7 @@ def measure_limits(
     stream_bytes: int = _STREAM_BYTES,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Limits:
-    """Measure float32 GEMM rates through ONNX Runtime and the memory's streaming rate.
+    """Measure rates of products through ONNX Runtime and the memory's streaming rate.
 
     Args:
         threads: CPU threads to use.
@@ -93,15 +117,26 @@ def measure_limits(
         stream_bytes: size of the array to read; much larger than every cache.
         progress: called with what is done, how many, of how many.
     """
-    rates = []
-    for i, shape in enumerate(shapes):
+    now = datetime.datetime.now(datetime.timezone.utc)
+    load = os.getloadavg()[0]
+    kinds = [("float32", shape) for shape in shapes]
+    kinds += [("int8", shape) for shape in shapes[:_N_INT8_SHAPES]]
+    rates: dict[str, list[GemmRate]] = {"float32": [], "int8": []}
+    for i, (kind, shape) in enumerate(kinds):
         if progress is not None:
-            progress("machine limits", i, len(shapes) + 1)
-        rates.append(GemmRate(shape=shape, gflop_s=_gemm_gflop_s(shape, threads)))
+            progress("machine limits", i, len(kinds) + 1)
+        rates[kind].append(GemmRate(shape=shape, gflop_s=_gemm_gflop_s(kind, shape, threads)))
     stream = _stream_gb_s(threads, stream_bytes)
     if progress is not None:
-        progress("machine limits", len(shapes) + 1, len(shapes) + 1)
-    return Limits(threads=threads, gemm=tuple(rates), stream_gb_s=stream)
+        progress("machine limits", len(kinds) + 1, len(kinds) + 1)
+    return Limits(
+        threads=threads,
+        gemm=tuple(rates["float32"]),
+        stream_gb_s=stream,
+        gemm_int8=tuple(rates["int8"]),
+        measured_at=now.isoformat(timespec="seconds"),
+        load_before=load,
+    )
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
@@ -116,21 +151,25 @@ def _best_seconds(run: Callable[[], object]) -> float:
     return best
 
 
-def _gemm_gflop_s(shape: GemmShape, threads: int) -> float:
+def _gemm_gflop_s(kind: str, shape: GemmShape, threads: int) -> float:
     import onnxruntime as ort
 
     n, k, m = shape
-    turns = max(1, -(-_TURNS_BYTES // (4 * k * m)))
+    weight_bytes = k * m * (4 if kind == "float32" else 1)
+    turns = max(1, -(-_TURNS_BYTES // weight_bytes))
     rng = np.random.default_rng(0)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    weight = rng.standard_normal((k, m), dtype=np.float32)
-    session = ort.InferenceSession(
-        _matmul_model(n, weight, turns), options, providers=["CPUExecutionProvider"]
-    )
-    x = rng.standard_normal((n, k), dtype=np.float32)
-    seconds = _best_seconds(lambda: session.run(None, {"x": x}))
+    x = rng.integers(0, 256, (n, k), dtype=np.uint8)
+    given: dict[str, npt.NDArray[Any]] = {"x": x}
+    if kind == "float32":
+        given = {"x": x.astype(np.float32)}
+        model = float_product(n, rng.standard_normal((k, m), dtype=np.float32), turns)
+    else:
+        model = integer_product(n, rng.integers(0, 256, (k, m), dtype=np.uint8), turns)
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    seconds = _best_seconds(lambda: session.run(None, given))
     return 2 * n * k * m * turns / seconds / 1e9
 
 
@@ -146,49 +185,6 @@ def _stream_gb_s(threads: int, n_bytes: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         seconds = _best_seconds(lambda: list(pool.map(read, pieces)))
     return array.nbytes / seconds / 1e9
-
-
-# -- a model of one product, written without the onnx package, which robots do not have -----------
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _field(number: int, value: bytes | str | int) -> bytes:
-    """One protobuf field: an int as varint, everything else with its length."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _value_info(name: str, shape: Sequence[int]) -> bytes:
-    dims = b"".join(_field(1, _field(1, side)) for side in shape)
-    tensor_type = _field(1, _FLOAT) + _field(2, dims)
-    return _field(1, name) + _field(2, _field(1, tensor_type))
-
-
-def _matmul_model(n: int, weight: Float32Array, turns: int) -> bytes:
-    """Return a serialised ONNX model: ``y_i = x @ w_i``, x (n, k), each w_i a copy of its own."""
-    k, m = weight.shape
-    data = weight.astype("<f4").tobytes()
-    parts = [_field(2, "products")]
-    for i in range(turns):
-        # Engines join equal constants, so each copy differs in its last element.
-        own = data[:-4] + struct.pack("<f", i)
-        tensor = _field(1, k) + _field(1, m) + _field(2, _FLOAT) + _field(8, f"w{i}")
-        node = _field(1, "x") + _field(1, f"w{i}") + _field(2, f"y{i}") + _field(4, "MatMul")
-        parts.append(_field(1, node) + _field(5, tensor + _field(9, own)))
-        parts.append(_field(12, _value_info(f"y{i}", (n, m))))
-    graph = b"".join(parts) + _field(11, _value_info("x", (n, k)))
-    opset = _field(1, "") + _field(2, _OPSET)
-    return _field(1, _IR_VERSION) + _field(7, graph) + _field(8, opset)
 
 
 # -- what was measured where ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gwp_edge.commands.options import EngineOption, JsonFlag, ProviderOption
+from gwp_edge.commands.profiling_tables import say_roofline
 from gwp_edge.console import progress_bars, remark, say, say_json, say_table, write_json
 from gwp_edge.errors import BuildError, PerformanceIssue, SpecError
 
@@ -41,6 +42,12 @@ def bench(
     provider: ProviderOption = "cpu",
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured chunks.")] = 5,
+    runs: Annotated[
+        int,
+        typer.Option(
+            "--runs", min=1, help="Times to load and measure; profile compare judges from 3 on."
+        ),
+    ] = 1,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Chunks before that.")] = 1,
     eager_repeats: Annotated[
         int,
@@ -99,6 +106,7 @@ def bench(
             provider=provider,
             threads=threads,
             repeats=repeats,
+            runs=runs,
             warmup=warmup,
             eager_repeats=eager_repeats,
             progress=bars,
@@ -150,6 +158,7 @@ def _measure(
     provider: str,
     threads: int,
     repeats: int,
+    runs: int,
     warmup: int,
     eager_repeats: int,
     progress: Callable[[str, int, int], None],
@@ -161,6 +170,7 @@ def _measure(
     from gwp_edge.engines import create_engine
     from gwp_edge.machine_limits import describe_machine, measure_limits
     from gwp_edge.profiling.context import make_context
+    from gwp_edge.profiling.roofline import NO_LIMITS_ELSEWHERE
 
     spec, manifest = bundle.spec, bundle.manifest
     context = make_context(
@@ -175,17 +185,22 @@ def _measure(
         motor_hz=None,
         duration_s=None,
         warmup_s=None,
-        repeat=repeats,
+        repeat=runs,
     )
     limits = measure_limits(threads, progress=progress)
     given = bench.random_input(spec, np.random.default_rng(1))
-    runner = create_engine(labels["engine"], bundle, provider=provider, threads=threads)
-    try:
-        runner.set_prompt(spec.tasks[0])
-        times = bench.time_engine(runner, spec, repeats=repeats, warmup=warmup, progress=progress)
-        answer, _ = bench.run_chunk(runner, spec, given)
-    finally:
-        runner.close()
+    every = []
+    for _ in range(runs):
+        runner = create_engine(labels["engine"], bundle, provider=provider, threads=threads)
+        try:
+            runner.set_prompt(spec.tasks[0])
+            every.append(
+                bench.time_engine(runner, spec, repeats=repeats, warmup=warmup, progress=progress)
+            )
+            answer, _ = bench.run_chunk(runner, spec, given)
+        finally:
+            runner.close()
+    times = bench.joined(every)
     # The better of before and after: another program may have taken its share meanwhile.
     limits = limits.merged(measure_limits(threads, progress=progress))
     stages, chunk = bench.judge_engine(times, manifest, limits)
@@ -204,6 +219,10 @@ def _measure(
         limits=limits,
         stages=stages,
         chunk=chunk,
+        phases=bench.chunk_phases(times.columns),
+        roofline=bench.chunk_roofline(times.columns, manifest, limits)
+        if (labels["engine"], provider) == ("ort", "cpu")
+        else bench.Roofline(limits=None, stages={}, why_not=NO_LIMITS_ELSEWHERE),
         chunks=times.columns,
         eager=eager,
     )
@@ -251,18 +270,17 @@ def _tell(report: BenchReport, json_file: Path | None, as_json: bool) -> None:
             (
                 name,
                 times.n,
-                *(round(ms, 1) for ms in (times.p50_ms, times.p95_ms, times.min_ms)),
-                round(stage.gflop, 2),
-                round(stage.mbyte, 1),
+                *(round(ms, 1) for ms in (times.p50_ms, times.p95_ms, times.p99_ms, times.min_ms)),
                 round(stage.ratio_to_gemm_floor, 2),
                 round(stage.percent_of_limit),
             )
         )
-    header = ("stage", "n", "p50 ms", "p95 ms", "min ms", "GFLOP", "MB", "x GEMM floor", "% limit")
+    header = ("stage", "n", "p50 ms", "p95 ms", "p99 ms", "min ms", "x GEMM floor", "% limit")
     say_table(
         f"{report.size} {context.precision} on {context.engine} {context.provider}", header, rows
     )
     limits, machine = report.limits, context.machine
+    say_roofline(report.roofline)
     say(
         f"limits: {limits.best_gflop_s:.1f} GFLOP/s float32 GEMM, {limits.stream_gb_s:.1f} GB/s, "
         f"{limits.threads} threads of {machine.cpu}"

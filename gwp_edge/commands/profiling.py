@@ -98,6 +98,9 @@ def profile(
             help="Measure this machine's limits before (about 10 s, kept for the next time).",
         ),
     ] = True,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure them although they are kept.")
+    ] = False,
     system: Annotated[
         bool, typer.Option("--system/--no-system", help="Follow load, clocks, memory, heat.")
     ] = True,
@@ -136,6 +139,7 @@ def profile(
         repeat=repeat,
         sample_system=system,
         limits=roofline,
+        remeasure=remeasure,
         disturbances=disturbances,
     )
     exit_code = 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gwp_edge.console import remark, say, say_table
 
 if TYPE_CHECKING:
-    from gwp_edge.profiling.schema import ProfileReport, Summary
+    from gwp_edge.profiling.schema import ProfileReport, Roofline, Summary
 
 _MARKS = {"good": "ok", "warn": "look", "bad": "BAD"}
 _HEADER = ("stage", "n", "p50", "p90", "p95", "p99", "p99.9", "max", "mean")
@@ -129,21 +129,43 @@ def _say_roofline(report: ProfileReport) -> None:
     if line.limits is None:
         say(f"no roofline: {line.why_not}")
         return
+    say_roofline(line)
+
+
+def say_roofline(line: Roofline) -> None:
+    """Print stages against the machine's limits, and when those were measured."""
+    limits = line.limits
+    if limits is None:
+        return
     rows = [
         (
             name,
             f"{s.report.times.p50_ms:.2f}",
-            f"{s.ceiling_ms:.2f}",
-            s.bound,
+            f"{s.report.gflop:.2f}",
+            f"{s.report.mbyte:.1f}",
             f"{s.report.gflop_s:.1f}",
             f"{s.report.gbyte_s:.2f}",
+            s.bound,
+            f"{s.ceiling_ms:.2f}",
+            f"{s.left_ms:.2f}",
             f"{s.report.percent_of_limit:.0f}",
         )
         for name, s in line.stages.items()
     ]
-    head = ("stage", "p50 ms", "limit ms", "bound", "GFLOP/s", "GB/s", "% limit")
+    head = (
+        "stage", "p50 ms", "GFLOP", "MB", "GFLOP/s", "GB/s", "bound", "limit ms", "left ms",
+        "% limit",
+    )  # fmt: skip
+    integer = f", {limits.best_of('int8'):.0f} in int8" if limits.gemm_int8 else ""
     say_table(
-        f"Roofline: {line.limits.best_gflop_s:.0f} GFLOP/s, {line.limits.stream_gb_s:.1f} GB/s",
+        f"Roofline: {limits.best_gflop_s:.0f} GFLOP/s in float32{integer}, "
+        f"{limits.stream_gb_s:.1f} GB/s",
         head,
         rows,
+    )
+    when = "" if limits.measured_at is None else f"; limits measured {limits.measured_at}"
+    load = "" if limits.load_before is None else f" at a load of {limits.load_before:.1f}"
+    say(
+        "GFLOP and MB are counted from the manifest's layers (weights and K/V caches, no "
+        f"activations), rates are those over measured times{when}{load}"
     )

@@ -10,32 +10,42 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from gwp_edge.bench import judge, stage_costs
+from gwp_edge.bench import against_roof, judge, stage_costs
 from gwp_edge.bundle import STAGES, Manifest
 from gwp_edge.machine_limits import Limits, Machine, measure_limits
 from gwp_edge.profiling.chunks import ChunkTable
 from gwp_edge.profiling.schema import Roofline, RooflineStage
 from gwp_edge.types import FloatArray
 
-_VERSION = 1
+_VERSION = 2
+NO_LIMITS_ELSEWHERE = (
+    "limits are measured by products through ONNX Runtime on the processor, and this engine runs "
+    "elsewhere, where nothing here has measured any; gwp-edge plan models its floors"
+)
 
 
 def cached_limits(
-    machine: Machine, threads: int, *, progress: Callable[[str, int, int], None] | None = None
+    machine: Machine,
+    threads: int,
+    *,
+    again: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Limits:
     """Return this machine's limits, measured once and kept in the user's cache folder.
 
-    They are measured again when processor, thread count, governor or ONNX Runtime change. A cache
-    that cannot be read or written costs a measurement, nothing else.
+    They are measured again when processor, thread count, governor or ONNX Runtime change, or with
+    ``again``. A cache that cannot be read or written costs a measurement, nothing else.
     """
     key = (_VERSION, machine.cpu, machine.n_cpus, machine.governor, machine.system, threads)
     text = repr((*key, machine.versions.get("onnxruntime")))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gwp-edge"
     path = folder / f"limits-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Limits)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError):
-        limits = measure_limits(threads, progress=progress)
+    if not again:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Limits)
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+            pass
+    limits = measure_limits(threads, progress=progress)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}")
@@ -59,11 +69,5 @@ def roofline(steady: ChunkTable, manifest: Manifest, limits: Limits) -> Roofline
         if stage == "denoise":
             cost = cost.times(round(float(np.median((~np.isnan(steady.steps)).sum(axis=1)))))
         report = judge([round(t * 1e6) for t in times], cost, limits)
-        ceiling_ms = max(report.gemm_floor_ms, report.memory_floor_ms)
-        stages[stage] = RooflineStage(
-            bound="compute" if report.gemm_floor_ms >= report.memory_floor_ms else "memory",
-            ceiling_ms=ceiling_ms,
-            left_ms=max(0.0, report.times.p50_ms - ceiling_ms),
-            report=report,
-        )
+        stages[stage] = against_roof(report)
     return Roofline(limits=limits, stages=stages)

@@ -20,7 +20,7 @@ from gwp_edge.profiling.cost import measure_cost
 from gwp_edge.profiling.disturb import Around, Disturbances, disturbed_robot
 from gwp_edge.profiling.live import LiveCallback, LiveFeed
 from gwp_edge.profiling.raw import Raw
-from gwp_edge.profiling.roofline import cached_limits
+from gwp_edge.profiling.roofline import NO_LIMITS_ELSEWHERE, cached_limits
 from gwp_edge.profiling.schema import ProfileReport
 from gwp_edge.profiling.system_sampler import SystemSampler
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
@@ -41,6 +41,7 @@ class ProfileOptions:
         repeat: how often.
         sample_system: follow load, clocks, memory and heat.
         limits: measure this machine's limits for the roofline, or take them from the cache.
+        remeasure: measure them even where the cache has them.
         disturbances: what to inject.
     """
 
@@ -49,6 +50,7 @@ class ProfileOptions:
     repeat: int = 1
     sample_system: bool = True
     limits: bool = True
+    remeasure: bool = False
     disturbances: Disturbances = dataclasses.field(default_factory=Disturbances)
 
     def __post_init__(self) -> None:
@@ -311,8 +313,10 @@ def _limits(
     if not options.limits:
         return None, "left out by --no-roofline"
     if engine != "ort" or provider != "cpu":
-        return None, "limits are measured on the processor; this engine runs elsewhere"
+        return None, NO_LIMITS_ELSEWHERE
     try:
-        return cached_limits(machine, threads or os.cpu_count() or 1, progress=progress), None
+        n_threads = threads or os.cpu_count() or 1
+        found = cached_limits(machine, n_threads, again=options.remeasure, progress=progress)
     except (GwpError, ImportError) as e:
         return None, f"limits could not be measured: {e}"
+    return found, None

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
-
-from gwp_edge.bench import StageReport
-from gwp_edge.machine_limits import Limits
+from gwp_edge.profiling.blocks import Roofline, RooflineStage, Summary
+from gwp_edge.profiling.blocks import Struct as _Struct
 from gwp_edge.profiling.columns import Chunks, Phase
 from gwp_edge.profiling.context import Context
 
@@ -21,44 +17,8 @@ SCHEMA = "gwp-edge.profile"
 SCHEMA_VERSION = 3
 
 Level = Literal["good", "warn", "bad"]
-_MIN_FOR_P999 = 1000
 
-
-class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen record that JSON can hold."""
-
-
-class Summary(_Struct, frozen=True, kw_only=True):
-    """Exact percentiles of n values, ms. ``p999`` is None below 1000 values."""
-
-    n: int
-    mean: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
-    p999: float | None
-    max: float
-
-    @classmethod
-    def of(cls, values: npt.ArrayLike) -> Summary | None:
-        """Compute it; NaN is no value, and None comes where there is none."""
-        array = np.asarray(values, np.float64).ravel()
-        array = array[~np.isnan(array)]
-        if array.size == 0:
-            return None
-        p50, p90, p95, p99 = (float(p) for p in np.percentile(array, (50, 90, 95, 99)))
-        enough = array.size >= _MIN_FOR_P999
-        return cls(
-            n=array.size,
-            mean=float(array.mean()),
-            p50=p50,
-            p90=p90,
-            p95=p95,
-            p99=p99,
-            p999=float(np.percentile(array, 99.9)) if enough else None,
-            max=float(array.max()),
-        )
+__all__ = ["Roofline", "RooflineStage", "Summary"]
 
 
 class MotorReport(_Struct, frozen=True, kw_only=True):
@@ -196,23 +156,6 @@ class Verdict(_Struct, frozen=True, kw_only=True):
     level: Level
     text: str
     blames: str | None = None
-
-
-class RooflineStage(_Struct, frozen=True, kw_only=True):
-    """One stage against the machine's limits; ``bound`` by the larger floor."""
-
-    bound: Literal["compute", "memory"]
-    ceiling_ms: float
-    left_ms: float
-    report: StageReport
-
-
-class Roofline(_Struct, frozen=True, kw_only=True):
-    """Stages against the measured limits; ``why_not`` says why there is none."""
-
-    limits: Limits | None
-    stages: dict[str, RooflineStage]
-    why_not: str | None = None
 
 
 class BusReport(_Struct, frozen=True, kw_only=True):

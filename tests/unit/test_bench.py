@@ -20,6 +20,9 @@ from gwp_edge.bench import (
     EagerReport,
     EngineTimes,
     Times,
+    chunk_phases,
+    chunk_roofline,
+    joined,
     judge,
     judge_engine,
     random_input,
@@ -40,6 +43,7 @@ from gwp_edge.bundle import (
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
+from gwp_edge.product_models import float_product, integer_product
 from gwp_edge.profiling.columns import Chunks
 from gwp_edge.profiling.compare import (
     compare,
@@ -280,14 +284,67 @@ def test_matmul_model_multiplies(shape):
     n, k, m = shape
     rng = np.random.default_rng(0)
     weight, x = rng.normal(size=(k, m)).astype(np.float32), rng.normal(size=(n, k))
-    session = ort.InferenceSession(
-        machine_limits._matmul_model(n, weight, 3), providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(float_product(n, weight, 3), providers=["CPUExecutionProvider"])
     answers = session.run(None, {"x": x.astype(np.float32)})
     assert len(answers) == 3
     for i, y in enumerate(answers):
         weight[-1, -1] = i  # each turn has a weight of its own
         np.testing.assert_allclose(y, x @ weight, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 300, 2)])
+def test_integer_product_multiplies_codes_around_their_middle(shape):
+    n, k, m = shape
+    rng = np.random.default_rng(0)
+    weight, x = rng.integers(0, 256, (k, m), np.uint8), rng.integers(0, 256, (n, k), np.uint8)
+    session = ort.InferenceSession(
+        integer_product(n, weight, 3), providers=["CPUExecutionProvider"]
+    )
+    for i, y in enumerate(session.run(None, {"x": x})):
+        weight[-1, -2:] = (i, 0)  # each turn has a weight of its own
+        np.testing.assert_array_equal(y, (x.astype(int) - 128) @ (weight.astype(int) - 128))
+
+
+def test_judge_int8_layers_are_held_to_the_int8_rate():
+    """An int8 bundle's limit was that of float32 products, under the machine's name."""
+    limits = msgspec.structs.replace(LIMITS, gemm_int8=(GemmRate(shape=(8, 8, 8), gflop_s=400.0),))
+    cost = Cost(flops=10**9, n_bytes=10**3, int8_flops=8 * 10**8)
+    # 0.2 GFLOP at 100 and 0.8 at 400 are 2 ms each.
+    assert judge([10**7], cost, limits).gemm_floor_ms == pytest.approx(4)
+    assert judge([10**7], cost, LIMITS).gemm_floor_ms == pytest.approx(10), "not measured"
+    assert judge([10**7], cost, limits).int8_gflop == pytest.approx(0.8)
+
+
+def test_stage_costs_tell_int8_layers_from_the_others():
+    manifest = _manifest()
+    layers = [
+        msgspec.structs.replace(layer, format="int8") if layer.name == "a" else layer
+        for layer in manifest.precision.layers
+    ]
+    precision = msgspec.structs.replace(manifest.precision, layers=tuple(layers))
+    costs = stage_costs(msgspec.structs.replace(manifest, precision=precision))
+    assert costs["vision"] == Cost(flops=1500, n_bytes=100, int8_flops=1000)
+    assert costs["prefill"].int8_flops == 0
+
+
+def test_bench_reports_the_phases_and_the_roofline_of_a_profile():
+    """A bench had percentiles of its own kind: p95 and p99, no mean, no p90, no p99.9."""
+    clock = FakeClock()
+    runs = [time_engine(FakeEngine(clock), _spec(), repeats=4, warmup=1, now_ns=clock)
+            for _ in range(3)]  # fmt: skip
+    times = joined(runs)
+    assert times.columns.run == [0] * 5 + [1] * 5 + [2] * 5
+    assert len(times.chunks) == len(times.stages["vision"]) == 12
+    phases = chunk_phases(times.columns)
+    steady = phases["steady"]
+    assert (steady["denoise"].n, steady["denoise"].mean) == (12, 6.0)
+    assert (steady["denoise step"].n, steady["denoise step"].p90) == (36, 2.0)
+    assert steady["chunk"].p50 == 21.0
+    assert phases["cold"]["chunk"].n == 3
+    line = chunk_roofline(times.columns, _manifest(), LIMITS)
+    assert line.stages["denoise"].report.times.p50_ms == pytest.approx(6.0)
+    assert line.stages["denoise"].report.gflop * 1e9 == pytest.approx(3 * 250)
+    assert line.stages["vision"].left_ms == pytest.approx(10.0, abs=1e-3)
 
 
 def test_measure_limits_small_problem_gives_positive_rates(monkeypatch):
@@ -301,7 +358,11 @@ def test_measure_limits_small_problem_gives_positive_rates(monkeypatch):
     assert [rate.shape for rate in limits.gemm] == [(8, 8, 8), (4, 16, 8)]
     assert all(0 < rate.gflop_s < 1e6 for rate in limits.gemm)
     assert 0 < limits.stream_gb_s < 1e6
-    assert seen[-1] == ("machine limits", 3, 3)
+    assert seen[-1] == ("machine limits", 5, 5)
+    assert [rate.shape for rate in limits.gemm_int8] == [(8, 8, 8), (4, 16, 8)]
+    assert all(0 < rate.gflop_s < 1e6 for rate in limits.gemm_int8)
+    assert limits.measured_at.startswith("20"), "old limits must be known as that"
+    assert limits.load_before >= 0
 
 
 def test_describe_machine_says_what_a_reader_needs():
@@ -351,6 +412,8 @@ def _report(ratio=0.3, floor_ratio=1.2, difference=1e-6, eager=True, **changes):
             **{k: changes.pop(k) for k in ("precision", "provider") & changes.keys()}
         ),
         "warmup": 1,
+        "phases": chunk_phases(_columns(3)),
+        "roofline": chunk_roofline(_columns(3), _manifest(), LIMITS),
         "chunks": _columns(3),
         "limits": LIMITS,
         "stages": {"vision": chunk},

@@ -346,6 +346,8 @@ def test_cached_limits_measures_once(tmp_path, monkeypatch):
     next((tmp_path / "gwp-edge").glob("*.json")).write_bytes(b"broken")
     cached_limits(machine, 1), cached_limits(machine, 2)
     assert len(calls) == 3
+    cached_limits(machine, 1, again=True)
+    assert len(calls) == 4, "limits that a busy machine left in the cache can be replaced"
 
 
 def test_listener_without_a_run_ends_cleanly():
