@@ -34,8 +34,9 @@ _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 _LOG_ERRORS_ONLY: Final = 3
 # ModelProto.graph, GraphProto.output and ValueInfoProto.name, all length-delimited.
 _GRAPH, _OUTPUT, _NAME = 7, 12, 1
-# The portable form computes in float32, and packing keeps a second copy of some weights.
-_FLOAT_BYTES: Final = 8
+# The portable form computes in float32: a copy of the weights beside those of the file.
+_FLOAT_BYTES: Final = 4
+_STORED_BYTES: Final[dict[str, float]] = {"fp32": 4, "fp16": 2, "bf16": 2, "w4": 0.5}
 
 
 def _field(number: int, content: bytes) -> bytes:
@@ -81,6 +82,14 @@ def layer_tensors(bundle: Bundle, stage: Stage) -> dict[str, str]:
     return found
 
 
+def reference_bytes(bundle: Bundle, stage: Stage) -> int:
+    """Return the memory for a stage's weights in ONNX Runtime, modelled."""
+    layers = [x for x in bundle.manifest.precision.layers if x.stage == stage]
+    return sum(
+        round(x.weight_bytes * (1 + _FLOAT_BYTES / _STORED_BYTES.get(x.format, 1))) for x in layers
+    )
+
+
 class Reference:
     """A stage in ONNX Runtime on the processor. Threads: one owner.
 
@@ -95,11 +104,9 @@ class Reference:
     """
 
     def __init__(self, bundle: Bundle, stage: Stage, shown: Sequence[str] = ()) -> None:
-        layers = [x for x in bundle.manifest.precision.layers if x.stage == stage]
-        n_values = sum(x.weight_bytes for x in layers)
         check_free(
             "comparing layers on the processor",
-            _FLOAT_BYTES * n_values,
+            reference_bytes(bundle, stage),
             available_bytes(),
             "close other programs",
         )
@@ -107,6 +114,8 @@ class Reference:
         options = ort.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+        # Packing would keep some weights twice, and speed is no matter here.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self._stage = stage
         try:
