@@ -9,7 +9,9 @@ from __future__ import annotations
 import mmap
 import random
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,13 +89,40 @@ class SwitchedCamera:
         self._switch.close()
 
 
-class DisturbedCamera:
-    """A camera that loses frames. Threads: as its inner one."""
+# Time, ms, chance, 0 to 1, and how far the time varies to either side, ms.
+Delay = tuple[float, float, float]
 
-    def __init__(self, inner: Camera, drop: float) -> None:
+
+def draw_ms(delay: Delay, chance: random.Random) -> float:
+    """Return how long it is this time, ms; 0 where it does not happen."""
+    if chance.random() >= delay[1]:
+        return 0.0
+    return delay[0] + delay[2] * (2 * chance.random() - 1)
+
+
+def is_lost(camera: str, frame_idx: int, drop: float) -> bool:
+    """Return whether a frame is one of the lost ones: the same at every look, for each camera."""
+    return random.Random(f"{camera} {frame_idx}").random() < drop
+
+
+class DisturbedCamera:
+    """A camera that loses frames, or delivers them late. Threads: as its inner one.
+
+    Args:
+        inner: the camera.
+        drop: share of its frames to lose, 0 to 1.
+        delays: ``transport`` holds every frame back, ``observe`` makes the caller wait for it.
+    """
+
+    def __init__(
+        self, inner: Camera, drop: float, delays: Mapping[str, Delay] | None = None
+    ) -> None:
         self._inner = inner
         self._drop = drop
+        self._delays = delays or {}
         self._kept: Frame | None = None
+        self._newest_idx = -1
+        self._on_their_way: deque[tuple[int, Frame]] = deque()
 
     @property
     def name(self) -> str:
@@ -105,16 +134,33 @@ class DisturbedCamera:
         self._inner.open()
 
     def latest(self) -> Frame | None:
-        """Return the newest frame that was not lost."""
+        """Return the newest frame that was not lost and has arrived."""
+        asked_ns = time.monotonic_ns()
         frame = self._inner.latest()
-        if frame is None or (self._kept is not None and self._is_lost(frame.frame_idx)):
-            return self._kept
-        self._kept = frame
-        return frame
+        if frame is not None and frame.frame_idx > self._newest_idx:
+            self._newest_idx = frame.frame_idx
+            # The first one is never lost, so that there is always one.
+            if self._kept is None or not is_lost(self.name, frame.frame_idx, self._drop):
+                self._take(frame, asked_ns)
+        now_ns = time.monotonic_ns()
+        while self._on_their_way and self._on_their_way[0][0] <= now_ns:
+            self._kept = self._on_their_way.popleft()[1]
+        return self._kept
 
-    def _is_lost(self, frame_idx: int) -> bool:
-        # The same answer at every look at the same frame.
-        return random.Random(frame_idx).random() < self._drop
+    def _take(self, frame: Frame, asked_ns: int) -> None:
+        chance = random.Random(f"{self.name} delay {frame.frame_idx}")
+        if "observe" in self._delays:
+            time.sleep(draw_ms(self._delays["observe"], chance) / 1e3)
+        if "transport" not in self._delays:
+            self._kept = frame
+            return
+        late_ns = round(draw_ms(self._delays["transport"], chance) * 1e6)
+        # One that is made when it is asked for has no time of arrival of its own.
+        is_asked = frame.t_received_ns >= asked_ns
+        there_ns = (frame.t_captured_ns if is_asked else frame.t_received_ns) + late_ns
+        if not is_asked:
+            frame = replace(frame, t_received_ns=there_ns)
+        self._on_their_way.append((there_ns, frame))
 
     def close(self) -> None:
         """As the camera's."""
@@ -124,9 +170,9 @@ class DisturbedCamera:
 class DisturbedArm:
     """An arm on a bus that is slow now and then. Threads: as its inner one."""
 
-    def __init__(self, inner: Arm, bus: tuple[float, float]) -> None:
+    def __init__(self, inner: Arm, bus: Delay) -> None:
         self._inner = inner
-        self._extra_ms, self._chance = bus
+        self._bus = bus
         self._random = random.Random(0)
 
     @property
@@ -149,8 +195,9 @@ class DisturbedArm:
 
     def send(self, position: FloatArray) -> None:
         """As the arm's, later."""
-        if self._random.random() < self._chance:
-            time.sleep(self._extra_ms / 1e3)
+        extra_ms = draw_ms(self._bus, self._random)
+        if extra_ms > 0:
+            time.sleep(extra_ms / 1e3)
         self._inner.send(position)
 
     def hold(self) -> None:
@@ -165,21 +212,28 @@ class DisturbedArm:
 def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> Camera:
     """Make the camera ``disturbed_kind`` that loses the share ``disturbed_drop`` of its frames.
 
-    With ``disturbed_switch``, a file, it fails as the ``Switch`` there says instead.
+    ``disturbed_delays`` says how late its frames are; see ``DisturbedCamera``. With
+    ``disturbed_switch``, a file, it fails as the ``Switch`` there says instead.
     """
     key = "disturbed_switch" if "disturbed_switch" in options else "disturbed_drop"
     kind, how, rest = _unwrapped(options, key)
     inner = cast(Camera, import_callable(CAMERAS[kind], "camera driver")(role, rest, spec))
     if key == "disturbed_switch":
         return SwitchedCamera(inner, Switch(str(how)))
-    return DisturbedCamera(inner, float(how))
+    delays = cast(Mapping[str, list[float]], options.get("disturbed_delays", {}))
+    return DisturbedCamera(inner, float(how), {k: _delay(v) for k, v in delays.items()})
 
 
 def create_arm(options: Mapping[str, object], spec: PolicySpec) -> DisturbedArm:
     """Make the arm ``disturbed_arm_kind`` whose sends take ``disturbed_bus`` longer."""
     kind, bus, rest = _unwrapped(options, "disturbed_bus")
     inner = import_callable(ARMS[kind], "arm driver")(rest, spec)
-    return DisturbedArm(cast(Arm, inner), (float(bus[0]), float(bus[1])))
+    return DisturbedArm(cast(Arm, inner), _delay(bus))
+
+
+def _delay(values: Sequence[Any]) -> Delay:
+    ms, chance, varies_ms = values
+    return float(ms), float(chance), float(varies_ms)
 
 
 def _unwrapped(options: Mapping[str, object], key: str) -> tuple[str, Any, dict[str, object]]:

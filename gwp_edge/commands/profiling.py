@@ -108,8 +108,9 @@ def profile(
         list[str] | None,
         typer.Option(
             "--disturb",
-            help="For simulated robots: prefill=40ms, denoise=5ms@10%, drop=10%, bus=3ms@5%, "
-            "stall=20ms/1s, cpu=2, mem=2; several times.",
+            help="For simulated robots: a stage as prefill=40ms, denoise=5+-2ms@10%, "
+            "transport=20ms, observe=5ms, drop=10%, bus=3ms@5%, stall=20ms/1s, cpu=2, mem=2; "
+            "several times.",
         ),
     ] = None,
     skip_check: Annotated[

@@ -14,27 +14,35 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 
 from gwp_edge.bundle import Bundle
+from gwp_edge.chunking import Guidance
+from gwp_edge.drivers.disturbed import Delay, draw_ms
 from gwp_edge.engines import create_engine
 from gwp_edge.errors import SpecError
-from gwp_edge.policy import BundlePolicy
-from gwp_edge.protocols import Engine
+from gwp_edge.policy import BundlePolicy, PredictTrace
+from gwp_edge.protocols import Engine, Policy
 from gwp_edge.robots import RobotConfig
 from gwp_edge.run_options import RunStatus
+from gwp_edge.spec import PolicySpec
 from gwp_edge.status import Mode
-from gwp_edge.types import Float32Array, ImageArray
+from gwp_edge.telemetry import StageTimes
+from gwp_edge.types import Chunk, Float32Array, ImageArray, Observation
 
-_STAGES: Final = ("vision", "prefill", "denoise")
+_STAGES: Final = ("preprocess", "vision", "prefill", "denoise", "postprocess")
+_CAMERA: Final = ("observe", "transport")
 _FORMS: Final = (
-    "vision=40ms, prefill=40ms@10%, denoise=5ms (of each call, of a share of calls), drop=10% "
-    "(camera frames), bus=3ms@5% (sending), stall=20ms/1s (of the motor process), cpu=2 (processes "
-    "that compute), mem=2 (processes that stream through memory)"
+    "preprocess=5ms, vision=40ms, prefill=40ms@10%, denoise=5ms, postprocess=5ms (each call, a "
+    "share of calls), transport=20ms (frames arrive later), observe=5ms (fetching a frame), "
+    "drop=10% (camera frames), bus=3ms@5% (sending), stall=20ms/1s (of the motor process), cpu=2 "
+    "(processes that compute), mem=2 (processes that stream through memory); 40+-10ms for a time "
+    "that varies evenly"
 )
+_DELAY: Final = r"(\d+(?:\.\d+)?)(?:\+-(\d+(?:\.\d+)?))?ms(?:@(\d+(?:\.\d+)?)%)?"
 # The guardian takes over after 50 ms of silence.
 _MAX_STALL_MS: Final = 40.0
 _MAX_BURNERS: Final = 64
@@ -44,22 +52,24 @@ _STREAM_BYTES: Final = 256 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disturbances:
-    """What is injected; times in ms, chances 0 to 1.
+    """What is injected; a delay is its time, ms, its chance, 0 to 1, and how far it varies, ms.
 
     Attributes:
         texts: as asked for.
-        stages: extra time and chance by stage.
+        stages: delays by stage of the prediction.
+        cameras: delays of ``transport`` and ``observe``.
         drop: chance of a camera frame to be lost.
-        bus: extra time and chance of a command.
+        bus: delay of a command.
         stall: stop of the motor process, ms, and time between stops, s.
         n_burners: processes that keep a core busy.
         n_streams: processes that keep the memory busy.
     """
 
     texts: tuple[str, ...] = ()
-    stages: dict[str, tuple[float, float]] = field(default_factory=dict)
+    stages: dict[str, Delay] = field(default_factory=dict)
+    cameras: dict[str, Delay] = field(default_factory=dict)
     drop: float = 0.0
-    bus: tuple[float, float] | None = None
+    bus: Delay | None = None
     stall: tuple[float, float] | None = None
     n_burners: int = 0
     n_streams: int = 0
@@ -67,7 +77,7 @@ class Disturbances:
     @property
     def needs_robot(self) -> bool:
         """Whether one of them concerns cameras, bus or motor loop."""
-        return bool(self.drop or self.bus or self.stall)
+        return bool(self.drop or self.bus or self.stall or self.cameras)
 
 
 def parse_disturbances(texts: Sequence[str]) -> Disturbances:
@@ -76,19 +86,22 @@ def parse_disturbances(texts: Sequence[str]) -> Disturbances:
     Raises:
         SpecError: not one of the forms, or out of range.
     """
-    stages: dict[str, tuple[float, float]] = {}
+    stages: dict[str, Delay] = {}
+    cameras: dict[str, Delay] = {}
     drop, bus, stall = 0.0, None, None
     burners = {"cpu": 0, "mem": 0}
     for text in texts:
         name, _, value = text.partition("=")
-        if name in (*_STAGES, "bus"):
-            found = _match(r"(\d+(?:\.\d+)?)ms(?:@(\d+(?:\.\d+)?)%)?", value, text)
-            pair = (float(found[1]), float(found[2] or 100.0) / 100.0)
-            _check(pair[0] <= 10_000 and 0 < pair[1] <= 1, text)
+        if name in (*_STAGES, *_CAMERA, "bus"):
+            found = _match(_DELAY, value, text)
+            delay = (float(found[1]), float(found[3] or 100.0) / 100.0, float(found[2] or 0.0))
+            _check(delay[0] <= 10_000 and 0 < delay[1] <= 1 and delay[2] <= delay[0], text)
             if name == "bus":
-                bus = pair
+                bus = delay
+            elif name in _CAMERA:
+                cameras[name] = delay
             else:
-                stages[name] = pair
+                stages[name] = delay
         elif name == "drop":
             drop = float(_match(r"(\d+(?:\.\d+)?)%", value, text)[1]) / 100.0
             _check(0 < drop < 1, text)
@@ -104,6 +117,7 @@ def parse_disturbances(texts: Sequence[str]) -> Disturbances:
     return Disturbances(
         texts=tuple(texts),
         stages=stages,
+        cameras=cameras,
         drop=drop,
         bus=bus,
         stall=stall,
@@ -133,15 +147,14 @@ def _check(condition: bool, text: str) -> None:  # noqa: FBT001 - a guard reads 
 class DisturbedEngine:
     """An engine whose stages take longer now and then. Threads: one owner."""
 
-    def __init__(self, inner: Engine, stages: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(self, inner: Engine, stages: Mapping[str, Delay]) -> None:
         self._inner = inner
         self._stages = stages
         self._random = random.Random(0)
 
     def _wait(self, stage: str) -> None:
-        extra_ms, chance = self._stages.get(stage, (0.0, 0.0))
-        if self._random.random() < chance:
-            time.sleep(extra_ms / 1e3)
+        if stage in self._stages:
+            time.sleep(draw_ms(self._stages[stage], self._random) / 1e3)
 
     def set_prompt(self, task: str) -> None:
         """As the engine's."""
@@ -169,21 +182,84 @@ class DisturbedEngine:
         self._inner.close()
 
 
+class DisturbedPolicy:
+    """A policy that takes longer before and after its engine. Threads: one owner."""
+
+    def __init__(self, inner: BundlePolicy, stages: Mapping[str, Delay]) -> None:
+        self._inner = inner
+        self._stages = stages
+        self._random = random.Random(1)
+        self._waited_ns = dict.fromkeys(("preprocess", "postprocess"), 0)
+
+    def _wait(self, stage: str) -> None:
+        begin_ns = time.monotonic_ns()
+        if stage in self._stages:
+            time.sleep(draw_ms(self._stages[stage], self._random) / 1e3)
+        self._waited_ns[stage] = time.monotonic_ns() - begin_ns
+
+    @property
+    def spec(self) -> PolicySpec:
+        """As the policy's."""
+        return self._inner.spec
+
+    @property
+    def timing(self) -> StageTimes:
+        """As the policy's, with what was waited."""
+        timing = self._inner.timing
+        return replace(
+            timing,
+            preprocess_ns=timing.preprocess_ns + self._waited_ns["preprocess"],
+            postprocess_ns=timing.postprocess_ns + self._waited_ns["postprocess"],
+        )
+
+    @property
+    def trace(self) -> PredictTrace | None:
+        """As the policy's."""
+        return self._inner.trace
+
+    def predict(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32Array | None = None,
+        previous: Chunk | None = None,
+        guidance: Guidance | None = None,
+    ) -> Chunk:
+        """As the policy's, later."""
+        self._wait("preprocess")
+        chunk = self._inner.predict(observation, noise=noise, previous=previous, guidance=guidance)
+        self._wait("postprocess")
+        return chunk
+
+    def check_golden(self) -> None:
+        """As the policy's."""
+        self._inner.check_golden()
+
+    def close(self) -> None:
+        """As the policy's."""
+        self._inner.close()
+
+
 def create_policy(
     *,
     path: str,
-    stages: Mapping[str, tuple[float, float]],
+    stages: Mapping[str, Delay],
     engine: str = "ort",
     task: str | None = None,
     threads: int | None = None,
     provider: str = "cpu",
     seed: int | None = None,
     check_golden: bool = False,
-) -> BundlePolicy:
-    """Load a bundle as ``gwp_edge.policy:load`` does, on a disturbed engine."""
+) -> Policy:
+    """Load a bundle as ``gwp_edge.policy:load`` does; disturbed where ``stages`` says so."""
     bundle = Bundle.open(path)
     inner = create_engine(engine, bundle, provider=provider, threads=threads, weights="packed")
-    policy = BundlePolicy(bundle, DisturbedEngine(inner, stages), task=task, seed=seed)
+    # Around it an engine that runs a chunk as one call would have to run it stage by stage.
+    if any(stage in stages for stage in ("vision", "prefill", "denoise")):
+        inner = DisturbedEngine(inner, stages)
+    made = BundlePolicy(bundle, inner, task=task, seed=seed)
+    outside = any(stage in stages for stage in ("preprocess", "postprocess"))
+    policy: Policy = DisturbedPolicy(made, stages) if outside else made
     if check_golden:
         try:
             policy.check_golden()
@@ -207,7 +283,7 @@ def disturbed_robot(robot: RobotConfig, disturbances: Disturbances) -> RobotConf
             f"--disturb is for simulated robots: {robot.name} is a real one, and nobody next to it "
             "should meet a stall that was made on purpose"
         )
-    if disturbances.drop:
+    if disturbances.drop or disturbances.cameras:
         cameras = tuple(
             msgspec.structs.replace(
                 c,
@@ -216,6 +292,7 @@ def disturbed_robot(robot: RobotConfig, disturbances: Disturbances) -> RobotConf
                     **c.options,
                     "disturbed_kind": c.kind,
                     "disturbed_drop": disturbances.drop,
+                    "disturbed_delays": {k: list(v) for k, v in disturbances.cameras.items()},
                 },
             )
             for c in robot.cameras

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from gwp_edge.bundle import Manifest, read_manifest
 from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.machine_limits import Limits, Machine, describe_machine
-from gwp_edge.policy import BundlePolicy
 from gwp_edge.profiling import disturb
 from gwp_edge.profiling.build import build_report
 from gwp_edge.profiling.collect import Listener, Together, collect_engine
@@ -23,6 +22,7 @@ from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import NO_LIMITS_ELSEWHERE, cached_limits
 from gwp_edge.profiling.schema import ProfileReport
 from gwp_edge.profiling.system_sampler import SystemSampler
+from gwp_edge.protocols import Policy
 from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
 from gwp_edge.runtime import Watcher, run
 from gwp_edge.telemetry import RunSummary
@@ -84,7 +84,10 @@ def profile_engine(
         SpecError: the bundle or an option does not fit.
     """
     if options.disturbances.needs_robot:
-        raise SpecError("--disturb drop, bus and stall need a robot: add --robot kinematic or sim")
+        raise SpecError(
+            "--disturb transport, observe, drop, bus and stall need a robot: add --robot kinematic "
+            "or sim"
+        )
     manifest = read_manifest(bundle)
     machine = describe_machine()
     limits, why = _limits(machine, engine, provider, threads, options, progress)
@@ -148,7 +151,7 @@ def _policy(
     provider: str,
     threads: int | None,
     task: str | None,
-) -> BundlePolicy:
+) -> Policy:
     return disturb.create_policy(
         path=bundle,
         stages=options.disturbances.stages,
@@ -205,7 +208,7 @@ def profile_robot(
     policy = run_options.policy
     if disturbances.stages:
         if manifest is None:
-            raise SpecError("--disturb vision, prefill and denoise need a bundle")
+            raise SpecError("--disturb of a stage of the prediction needs a bundle")
         policy = dataclasses.replace(
             policy,
             factory="gwp_edge.profiling.disturb:create_policy",

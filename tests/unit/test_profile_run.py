@@ -22,10 +22,12 @@ pytestmark = pytest.mark.export
 from gwp_edge.chunking import Guidance  # noqa: E402
 from gwp_edge.commands import profiling  # noqa: E402
 from gwp_edge.console import one_line_errors  # noqa: E402
+from gwp_edge.drivers.disturbed import is_lost  # noqa: E402
 from gwp_edge.errors import SpecError  # noqa: E402
 from gwp_edge.machine_limits import GemmRate, Limits  # noqa: E402
 from gwp_edge.policy import load  # noqa: E402
-from gwp_edge.profiling.collect import random_observation  # noqa: E402
+from gwp_edge.profiling.cameras import _absent_frames, _steady  # noqa: E402
+from gwp_edge.profiling.collect import Listener, random_observation  # noqa: E402
 from gwp_edge.profiling.compare import read_report  # noqa: E402
 from gwp_edge.shared_memory import SHM_DIR, unique_name  # noqa: E402
 
@@ -60,6 +62,16 @@ def profile(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+def absent_of(raw, camera_idx, camera, drop):
+    """Return frames that were lost on purpose, that were used, and that the report found absent."""
+    stamps = _steady(raw, 0.2)
+    idx = stamps["frame_idx"][:, camera_idx].tolist()
+    took_ns = stamps["t_received_ns"][:, camera_idx] - stamps["t_captured_ns"][:, camera_idx]
+    found = _absent_frames(stamps, camera_idx, camera.period_ms * 1e6, float(took_ns.min()))
+    lost = {i for i in range(idx[0], idx[-1] + 50) if is_lost(camera.name, i, drop)}
+    return lost, set(idx), found
 
 
 def verdict(report, topic):
@@ -105,6 +117,9 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
         tmp_path / "t.json", "--disturb", "drop=10%", "--disturb", "stall=20ms/0.3s",
         "--execution", "hard", "--lead-ms", "5", "--warm-start", "0.9",
     )  # fmt: skip
+    raws = []
+    listened = Listener.raw
+    monkeypatch.setattr(Listener, "raw", lambda self: raws.append(listened(self)) or raws[-1])
     # On a busy machine a stall may last until the guardian takes over, which is no fault of ours.
     code, err = 1, "guardian"
     for _ in range(4):
@@ -114,8 +129,16 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
     report = read_report(tmp_path / "p.json")
     assert report.outcome == "duration"
     camera = report.cameras[0]
-    # A machine with no time to spare meets fewer of the lost ones with nothing else to do.
+    # A machine with no time to spare meets fewer of the lost ones with nothing else to do; but what
+    # is said to be missing was lost, and by this camera.
     assert camera.n_missing >= 1
+    for camera_idx, of_camera in enumerate(report.cameras):
+        lost, used, found = absent_of(raws[-1], camera_idx, of_camera, 0.1)
+        missing = found - used
+        assert len(missing) == of_camera.n_missing
+        # A frame that came between two looks is hidden by the lost one after it: the camera under
+        # the disturbance makes its frames when it is looked at.
+        assert {k for k in missing if k + 1 not in missing} <= lost
     assert camera.clock == "sim"
     assert any(v.topic == "camera" and v.blames == camera.name for v in report.verdicts)
     assert report.motor.tail == "loop"
@@ -139,6 +162,43 @@ def test_profile_robot_blames_camera_and_motor_loop(profile, exported, tmp_path,
     assert {e["ph"] for e in events} == {"M", "X", "C", "s", "t", "f"}
     assert len(names) >= 2
     assert [n for n in names if (SHM_DIR / n).exists()] == []
+
+
+def test_profile_robot_blames_bus_and_late_frames(profile, exported, tmp_path):
+    words = (
+        exported("gwp05"), "--robot", "kinematic", "--duration", "2", "--warmup", "0.2",
+        "--threads", "1", "--no-realtime", "--json", tmp_path / "p.json", "--disturb",
+        "bus=9+-1ms@10%", "--disturb", "observe=6ms", "--disturb", "postprocess=7ms",
+    )  # fmt: skip
+    code, err = 1, "guardian"
+    for _ in range(4):
+        if code and "guardian" in err:
+            code, _, err = profile(*words)
+    assert code == 0, err
+    report = read_report(tmp_path / "p.json")
+    steady = report.phases["steady"]
+    assert report.motor.send_ms.p99 >= 8.0
+    assert report.motor.tail_shares["bus"] > 0
+    assert steady["observe"].p50 >= 6.0
+    assert steady["postprocess"].p50 >= 7.0
+    # Waiting takes no processor time, and nothing of it is time that nobody accounts for.
+    assert steady["predict"].p50 >= steady["postprocess"].p50
+    assert steady["unaccounted"].p50 < 7.0
+
+
+def test_profile_beside_burners_says_that_others_took_part(profile, exported, tmp_path):
+    """Burners made "denoise worth work first" and no verdict spoke of them."""
+    code, _, err = profile(
+        exported("gwp05"), "--duration", "3", "--warmup", "2", "--threads", "1", "--json",
+        tmp_path / "p.json", "--disturb", "cpu=2", "--disturb", "mem=1",
+    )  # fmt: skip
+    assert code == 0, err
+    report = read_report(tmp_path / "p.json")
+    load = report.system.load
+    assert load.others_percent > 15.0
+    assert load.total_percent >= load.others_percent
+    assert verdict(report, "machine").blames == "others"
+    assert report.cost.sampler_percent > 0
 
 
 def test_profile_whose_file_cannot_be_written_still_prints_its_table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import random
 import sys
 import tracemalloc
 import types
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from profile_story import MS, SPEC, T0, Story, report_of, verdict
 
-from gwp_edge.drivers.disturbed import DisturbedCamera
+from gwp_edge.drivers.disturbed import DisturbedCamera, draw_ms, is_lost
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine
 from gwp_edge.mailbox import Board
@@ -33,6 +34,7 @@ from gwp_edge.shared_memory import SHM_DIR, fence
 from gwp_edge.status import Mode
 from gwp_edge.telemetry import StageTimes
 from gwp_edge.tick_log import TickLog
+from gwp_edge.types import Frame
 
 CHEAP = Cost(
     listener_percent=0.5, sampler_percent=0.4, view_percent=0.1, helper_percent=0.1, stamp_us=7.0,
@@ -47,6 +49,8 @@ def test_parse_disturbances_reads_every_form():
         [
             "prefill=40ms",
             "denoise=5.5ms@10%",
+            "preprocess=4+-1.5ms@50%",
+            "transport=20+-10ms",
             "drop=10%",
             "bus=3ms@5%",
             "stall=20ms/1s",
@@ -54,15 +58,21 @@ def test_parse_disturbances_reads_every_form():
             "mem=3",
         ]
     )
-    assert found.stages == {"prefill": (40.0, 1.0), "denoise": (5.5, 0.1)}
-    assert (found.drop, found.bus, found.stall) == (0.1, (3.0, 0.05), (20.0, 1.0))
+    assert found.stages == {
+        "prefill": (40.0, 1.0, 0.0),
+        "denoise": (5.5, 0.1, 0.0),
+        "preprocess": (4.0, 0.5, 1.5),
+    }
+    assert found.cameras == {"transport": (20.0, 1.0, 10.0)}
+    assert found.needs_robot
+    assert (found.drop, found.bus, found.stall) == (0.1, (3.0, 0.05, 0.0), (20.0, 1.0))
     assert (found.n_burners, found.n_streams) == (2, 3)
 
 
 @pytest.mark.parametrize(
     "text",
     ["prefill", "prefill=40", "prefill=40ms@200%", "drop=0%", "drop=100%", "stall=60ms/1s",
-     "stall=20ms", "cpu=0", "mem=0", "mem=65", "sleep=3ms", ""],
+     "stall=20ms", "cpu=0", "mem=0", "mem=65", "sleep=3ms", "", "prefill=5+-6ms", "prefill=5+-ms"],
 )  # fmt: skip
 def test_parse_disturbances_of_bad_text_is_refused(text):
     with pytest.raises(SpecError, match="--disturb"):
@@ -78,10 +88,56 @@ def test_disturbed_robot_real_arm_is_refused():
 
 def test_disturbed_camera_gives_the_frame_before_the_lost_one():
     frames = iter([types.SimpleNamespace(frame_idx=i) for i in range(200)])
-    camera = DisturbedCamera(types.SimpleNamespace(latest=lambda: next(frames)), 0.3)
+    inner = types.SimpleNamespace(latest=lambda: next(frames), name="cam")
+    camera = DisturbedCamera(inner, 0.3)
     seen = [camera.latest().frame_idx for _ in range(200)]
     assert seen == sorted(seen)
     assert 100 < len(set(seen)) < 180
+    assert set(range(1, 200)) - set(seen) == {i for i in range(1, 200) if is_lost("cam", i, 0.3)}
+
+
+def test_disturbed_cameras_lose_frames_of_their_own():
+    """All cameras lost the same frames, so blaming the right one of two could not be tried."""
+    lost = [{i for i in range(500) if is_lost(name, i, 0.2)} for name in ("a", "b")]
+    assert all(60 < len(of_one) < 140 for of_one in lost)
+    assert len(lost[0] & lost[1]) < 50
+
+
+def frame(idx, *, captured_ns, received_ns):
+    return Frame(
+        camera="cam", image=np.zeros((2, 2, 3), np.uint8), t_captured_ns=captured_ns,
+        t_received_ns=received_ns, frame_idx=idx, domain="host",
+    )  # fmt: skip
+
+
+def test_disturbed_camera_holds_frames_back_and_says_when_they_came(monkeypatch):
+    now_ms, newest = [0.0], [None]
+    clock = types.SimpleNamespace(monotonic_ns=lambda: int(now_ms[0] * MS), sleep=None)
+    monkeypatch.setattr("gwp_edge.drivers.disturbed.time", clock)
+    inner = types.SimpleNamespace(latest=lambda: newest[0], name="cam")
+    camera = DisturbedCamera(inner, 0.0, {"transport": (20.0, 1.0, 0.0)})
+    seen = []
+    for step in range(120):
+        now_ms[0] = float(step)
+        if step % 30 == 5:
+            newest[0] = frame(step // 30, captured_ns=step * MS, received_ns=step * MS)
+        now_ms[0] += 0.5
+        found = camera.latest()
+        if found is not None and found.frame_idx not in [s[0] for s in seen]:
+            seen.append(
+                (found.frame_idx, step, found.t_received_ns // MS, found.t_captured_ns // MS)
+            )
+    assert seen == [(0, 25, 25, 5), (1, 55, 55, 35), (2, 85, 85, 65), (3, 115, 115, 95)]
+
+
+def test_draw_ms_varies_evenly_and_happens_as_often_as_asked():
+    chance = random.Random(0)
+    drawn = np.array([draw_ms((40.0, 0.25, 10.0), chance) for _ in range(4000)])
+    happened = drawn[drawn > 0]
+    assert len(happened) == pytest.approx(1000, abs=120)
+    assert happened.min() >= 30
+    assert happened.max() <= 50
+    assert happened.mean() == pytest.approx(40, abs=1)
 
 
 # -- system, cost, limits
