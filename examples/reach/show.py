@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from arguments import file_to_write
 from PIL import Image
 
 from gwp_edge.drivers.sim_options import SimOptions
@@ -110,17 +112,19 @@ def show(session: Session, picture: Path, outcome: str, t_s: float) -> None:
     )
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Read the command line and show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("session", type=Path, help="folder that run --record wrote")
-    parser.add_argument("picture", type=Path, help="PNG to write; a GIF goes beside it")
-    args = parser.parse_args()
+    parser.add_argument(
+        "picture", type=file_to_write(".png"), help="PNG to write; a GIF goes beside it"
+    )
+    args = parser.parse_args(words)
     try:
         session = Session.open(args.session)
         outcome, t_s = judge(session)
         show(session, args.picture, outcome, t_s)
-    except GwpError as e:
+    except (GwpError, OSError) as e:
         sys.exit(f"error: {e}")
     task = session.header.task
     if outcome != "success":

@@ -24,8 +24,11 @@ pytestmark = [pytest.mark.export, pytest.mark.sim]
 
 @pytest.fixture(scope="module", autouse=True)
 def _example_path() -> Any:
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: two threads mostly wait for each other
     sys.path.insert(0, str(reach_rig.EXAMPLE))
     yield
+    torch.set_num_threads(n_threads)
     sys.path.remove(str(reach_rig.EXAMPLE))
 
 
