@@ -14,6 +14,7 @@ class StageTimes:
     """Time that each stage of one chunk took, ns; ``denoise_ns`` one entry per step.
 
     ``guide_ns`` is what it took to make the new chunk follow the old one; part of no other stage.
+    ``device_timed`` says that a chunk was one call and its stages were timed on the device.
     """
 
     preprocess_ns: int
@@ -22,6 +23,7 @@ class StageTimes:
     denoise_ns: tuple[int, ...]
     postprocess_ns: int
     guide_ns: int = 0
+    device_timed: bool = False
 
     @property
     def total_ns(self) -> int:

@@ -169,7 +169,7 @@ def _measure(
     from gwp_edge import bench
     from gwp_edge.engines import create_engine
     from gwp_edge.machine_limits import describe_machine, measure_limits
-    from gwp_edge.profiling.context import make_context
+    from gwp_edge.profiling.context import make_context, with_timing
     from gwp_edge.profiling.roofline import NO_LIMITS_ELSEWHERE
 
     spec, manifest = bundle.spec, bundle.manifest
@@ -212,7 +212,8 @@ def _measure(
     return bench.BenchReport(
         schema=bench.SCHEMA,
         schema_version=bench.SCHEMA_VERSION,
-        context=context,
+        # It calls stage by stage.
+        context=with_timing(context, len(times.chunks), 0),
         size=labels["size"],
         family=spec.network.family,
         warmup=warmup,

@@ -6,6 +6,7 @@ is part of the profile.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -106,12 +107,14 @@ def live_rows(
         rows[0] = ("time", f"{status.run_s:.1f} s, {status.mode.name}")
     if figures is None:
         return rows
+    from gwp_edge.profiling.live import MAX_LATE_MS
+
     if figures.chunk is not None:
         of = "frame to chunk" if status is not None else "prediction"
         rows.append((of, _spread(figures.chunk)))
     if figures.lateness is not None and status is not None:
         missed = f"; {figures.n_missed} of {figures.n_ticks} periods missed"
-        rows.append(("motor late", _spread(figures.lateness) + missed))
+        rows.append(("motor late", _spread(figures.lateness, MAX_LATE_MS) + missed))
     dropped = [f"{name} {n} of {of}" for name, (n, of) in figures.missing.items() if of]
     if dropped:
         rows.append(("frames missing", ", ".join(dropped)))
@@ -128,8 +131,13 @@ def live_rows(
     return rows
 
 
-def _spread(s: Spread) -> str:
-    return f"p50 {s.p50_ms:.2f}, p99 {s.p99_ms:.2f}, max {s.max_ms:.2f} ms ({s.n})"
+def _spread(s: Spread, open_from_ms: float = math.inf) -> str:
+    """Return it in words; a value that was cut off is marked."""
+
+    def said(ms: float) -> str:
+        return f"{open_from_ms:.0f} or more" if ms >= open_from_ms else f"{ms:.2f}"
+
+    return f"p50 {said(s.p50_ms)}, p99 {said(s.p99_ms)}, max {said(s.max_ms)} ms ({s.n})"
 
 
 def _table(rows: list[tuple[str, str]]) -> Table:

@@ -16,7 +16,7 @@ from gwp_edge.profiling.chunks import (
     joined,
     phase_summaries,
 )
-from gwp_edge.profiling.context import Context
+from gwp_edge.profiling.context import Context, with_timing
 from gwp_edge.profiling.motor_report import first_ns, motor_report
 from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import roofline
@@ -63,6 +63,8 @@ def build_report(
         faults: what went wrong.
         cost_us: of one stamp and of one tick.
     """
+    flags = np.concatenate([raw.stamps["device_timed"] for raw in raws])
+    context = with_timing(context, len(flags), int((flags > 0).sum()))
     warmup_s = context.warmup_s or 0.0
     table = joined([chunk_table(raw, spec, warmup_s=warmup_s, run=i) for i, raw in enumerate(raws)])
     steady = table.steady

@@ -24,6 +24,9 @@ _SYNCHRONISED = {
     ): "CUDA events on the engine's stream where a chunk is one launch, else a wait for "
     "the stream after every stage",
 }
+# What of the last one was done, as the engine's own times say.
+ON_DEVICE = "CUDA events on the engine's stream; every chunk was one launch"
+BY_STAGE = "a wait for the stream after every stage; no chunk was one launch"
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,6 +125,25 @@ def make_context(
         power_mode=power.detail if power.status != "skip" else None,
         machine=machine,
     )
+
+
+def with_timing(context: Context, n_chunks: int, n_on_device: int) -> Context:
+    """Return the context with what was really done, where an engine can do either.
+
+    Args:
+        context: made before the run.
+        n_chunks: all chunks.
+        n_on_device: those whose stages the device timed.
+    """
+    if context.engine != "trt" or not n_chunks:
+        return context
+    how = ON_DEVICE if n_on_device == n_chunks else BY_STAGE
+    if 0 < n_on_device < n_chunks:
+        how = (
+            f"CUDA events on the engine's stream for {n_on_device} chunks, each one launch; a wait "
+            f"for the stream after every stage for the other {n_chunks - n_on_device}"
+        )
+    return msgspec.structs.replace(context, synchronised=how)
 
 
 def _synchronised(engine: str | None, provider: str | None) -> str:

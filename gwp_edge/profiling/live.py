@@ -18,6 +18,7 @@ from gwp_edge.status import TickFlag
 
 # A wake-up later than this is counted as this late; the report at the end is exact.
 _MAX_LATE_US: Final = 50_000
+MAX_LATE_MS: Final = _MAX_LATE_US / 1e3
 _LIMITED: Final = sum(int(flag) for flag in LIMIT_FLAGS)
 # A camera's clock is known after some frames.
 _MIN_STAMPS: Final = 30
@@ -39,7 +40,8 @@ class LiveFigures:
 
     Attributes:
         chunk: capture to published; the prediction where there is no camera.
-        lateness: wake-up of the motor loop after its deadline, to 1 us.
+        lateness: wake-up of the motor loop after its deadline, to 1 us; what is later than
+            ``MAX_LATE_MS`` counts as that late.
         n_ticks: of the motor loop, on a plan.
         n_missed: periods that it skipped.
         n_limited: ticks in which a limit acted.

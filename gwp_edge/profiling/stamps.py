@@ -47,6 +47,8 @@ STAMP_DTYPE: Final = np.dtype(
         ("domain", np.int64, (MAX_CAMERAS,)),
         # Processor time of the process from ``t_built_ns`` to ``t_predicted_ns``, all threads.
         ("cpu_ns", np.int64),
+        # 1 where the stages were timed on the device, which ran the chunk as one call.
+        ("device_timed", np.int64),
         # The last look before this chunk that would have begun a plan, and found no newer frames;
         # and what each camera's newest frame was then.
         ("t_looked_ns", np.int64),
@@ -111,6 +113,7 @@ def stamp_record(
         tuple(f.frame_idx for f in frames) + no_frames,
         tuple(_DOMAINS.index(f.domain) for f in frames) + no_frames,
         cpu_ns,
+        int(timing.device_timed),
         t_looked_ns,
         looked + (0,) * (MAX_CAMERAS - len(looked)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -132,6 +133,14 @@ def test_live_view_on_a_terminal_draws_in_place_at_most_four_times_a_second(cloc
             view(Status())
     assert 6 <= out.getvalue().count("p50 30.00") <= 10
     assert "\x1b" in out.getvalue()
+
+
+def test_live_rows_mark_a_lateness_that_was_cut_off():
+    """The view counts up to 50 ms, and showed a loop that was a second late as 50.00."""
+    late = dataclasses.replace(FIGURES.lateness, max_ms=50.0)
+    rows = dict(live_rows(dataclasses.replace(FIGURES, lateness=late), Status(), 1.0))
+    assert "p99 0.50, max 50 or more ms" in rows["motor late"]
+    assert "or more" not in rows["frame to chunk"]
 
 
 def test_live_view_of_the_engine_alone_draws_when_figures_come(clock, capsys):

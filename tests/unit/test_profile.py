@@ -359,6 +359,19 @@ def test_tables_print_what_is_in_the_report(capsys, monkeypatch):
         assert words in out
 
 
+@pytest.mark.parametrize(
+    ("n_on_device", "words"),
+    [(60, "every chunk was one launch"), (0, "no chunk was one launch"), (20, "for 20 chunks")],
+)
+def test_report_says_how_an_engine_that_can_do_either_was_timed(n_on_device, words):
+    """Of TensorRT it said "events where ..., else a wait" and left the reader to guess."""
+    raw = Story().raw()
+    raw.stamps["device_timed"][:n_on_device] = 1
+    assert words in report_of([raw], engine="trt", provider=None).context.synchronised
+    ort = report_of([raw]).context
+    assert ort.synchronised.startswith("calls return"), "this one can do one thing only"
+
+
 def test_report_sync_execution_says_how_long_the_arm_stands():
     """Plans that are meant to run out got "no, not at 30 Hz: 727 ms too long", for the engine."""
     plan_ms = (SPEC.n_rows - 1) * SPEC.period_ns / 1e6
