@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -17,8 +19,8 @@ import torch
 
 from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
-from gwp_edge.export.batch_ops import BatchOps
-from gwp_edge.export.network import ActionPath, KeyValue, streams
+from gwp_edge.export.batch_ops import Batch, BatchOps
+from gwp_edge.export.network import ActionPath, KeyValue, Stream, streams
 from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.precision import Recipe, make_recipe
 from gwp_edge.export.prompt_cache import needed_rows, prompt_cache
@@ -33,6 +35,18 @@ from gwp_edge.types import Float32Array, FloatArray, Frame, Observation
 # Called with stage, denoising step, layer, sample index and the layer's input (n, in).
 Observe = Callable[[str, int, str, int, torch.Tensor], None]
 Progress = Callable[[str, int, int], None]
+
+# The action expert in bfloat16; the visual expert, read once for all samples, streams past it.
+KEPT_BYTES = 1_800_000_000
+
+
+@runtime_checkable
+class KeepingSource(Protocol):
+    """A weight source that can hold what every denoising step reads. Threads: one owner."""
+
+    def keeping(self, budget_bytes: int) -> AbstractContextManager[None]:
+        """Hold weights in memory inside this block, at most ``budget_bytes`` of them."""
+        ...
 
 
 def default_device() -> str:
@@ -158,9 +172,23 @@ def prepare(
 
 
 class BatchRunner:
-    """Answers all prepared samples under a recipe. Threads: one owner."""
+    """Answers all prepared samples under a recipe. Threads: one owner.
 
-    def __init__(self, network: Network, prepared: Prepared, *, device: str = "cpu") -> None:
+    Args:
+        network: the checkpoint.
+        prepared: samples, on ``device``.
+        device: where torch computes; a GPU has not yet been run on hardware.
+        kept_bytes: weights that stay in memory from the prefix to the last step, at most.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        prepared: Prepared,
+        *,
+        device: str = "cpu",
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         spec = network.spec
         # Merging padding rows is exact for any number of rows, so one number serves all prompts.
         rows = needed_rows(prepared.prompts)
@@ -170,11 +198,17 @@ class BatchRunner:
         self.network = network
         self.prepared = prepared
         self._device = device
+        self._kept_bytes = kept_bytes
+        self._text: tuple[WeightSource, list[dict[str, torch.Tensor]]] | None = None
 
     def _prompts(self, weights: WeightSource) -> list[dict[str, torch.Tensor]]:
-        recipe = make_recipe("fp32")
-        caches = (prompt_cache(weights, self.spec, p, recipe) for p in self.prepared.prompts)
-        return [{k: v.to(self._device) for k, v in cache.items()} for cache in caches]
+        """Return the text K/V of every prompt, on the device; the last weights' are remembered."""
+        if self._text is None or self._text[0] is not weights:
+            recipe = make_recipe("fp32")
+            caches = (prompt_cache(weights, self.spec, p, recipe) for p in self.prepared.prompts)
+            found = [{k: v.to(self._device) for k, v in cache.items()} for cache in caches]
+            self._text = (weights, found)
+        return self._text[1]
 
     def run(
         self,
@@ -195,6 +229,12 @@ class BatchRunner:
         source = self.network.weights if weights is None else weights
         with torch.inference_mode():
             return self._run(recipe, source, observe, progress)
+
+    def _keeping(self) -> AbstractContextManager[None]:
+        """Keep the network's own weights, which folded ones are made from, for all steps."""
+        if isinstance(self.network.weights, KeepingSource):
+            return self.network.weights.keeping(self._kept_bytes)
+        return nullcontext()
 
     def _run(
         self,
@@ -217,30 +257,31 @@ class BatchRunner:
         chosen = [caches[i] for i in prepared.prompt_idx]
         prompt = {s.name: _key_values(chosen, s.name, net.n_layers) for s in streams(net)}
         bias = tuple(cache["prompt_bias"] for cache in chosen)
-        modulation = {
-            s.name: [
-                [ops.shared(row.to(self._device)) for row in block]
-                for block in tables.prefix_rows(weights, spec, s)
-            ]
-            for s in streams(net)
-        }
-        torch_ops.stage = "prefill"
-        prefix = path.prefill(prepared.latents, prepared.states_norm, modulation, prompt, bias)
-        torch_ops.stage = "denoise"
+        modulation = {s.name: self._prefix_rows(weights, s, ops) for s in streams(net)}
         rows = tables.denoise_rows(weights, spec).to(self._device)
+        sigmas = torch.tensor(spec.sampler.sigmas, dtype=torch.float32).to(self._device)
         x = prepared.noises
-        sigmas = torch.tensor(spec.sampler.sigmas, dtype=torch.float32, device=self._device)
-        for step in range(spec.sampler.n_steps):
-            if progress is not None:
-                progress(recipe.name, step, spec.sampler.n_steps)
-            velocity = path.velocity(
-                x, [ops.shared(row) for row in rows[step]], prefix, prompt[path.action.name], bias
-            )
-            delta = sigmas[step + 1] - sigmas[step]
-            x = tuple(a + delta * v for a, v in zip(x, velocity, strict=True))
+        # Text and time were read before: what is kept is what the steps read again.
+        with self._keeping():
+            torch_ops.stage = "prefill"
+            prefix = path.prefill(prepared.latents, prepared.states_norm, modulation, prompt, bias)
+            torch_ops.stage = "denoise"
+            for step in range(spec.sampler.n_steps):
+                if progress is not None:
+                    progress(recipe.name, step, spec.sampler.n_steps)
+                step_rows = [ops.shared(row) for row in rows[step]]
+                velocity = path.velocity(x, step_rows, prefix, prompt[path.action.name], bias)
+                delta = sigmas[step + 1] - sigmas[step]
+                x = tuple(a + delta * v for a, v in zip(x, velocity, strict=True))
         if progress is not None:
             progress(recipe.name, spec.sampler.n_steps, spec.sampler.n_steps)
         return [part.cpu().numpy() for part in x]
+
+    def _prefix_rows(
+        self, weights: WeightSource, stream: Stream, ops: BatchOps
+    ) -> list[list[Batch]]:
+        blocks = tables.prefix_rows(weights, self.spec, stream).to(self._device)
+        return [[ops.shared(row) for row in block] for block in blocks]
 
     def actions(self, answers: Sequence[Float32Array]) -> list[FloatArray]:
         """Return absolute actions (H, D), rad and m, of answers of ``run``."""

@@ -83,7 +83,7 @@ def quantize_weight(weight: torch.Tensor, fmt: Format, block: int) -> QuantizedW
 def _quantize_blocks(weight: torch.Tensor, block: int) -> QuantizedWeight:
     n, d_out = weight.shape
     n_blocks = -(-n // block)
-    padded = torch.zeros((n_blocks * block, d_out))
+    padded = weight.new_zeros((n_blocks * block, d_out))
     padded[:n] = weight
     blocks = padded.reshape(n_blocks, block, d_out)
     scale = _scales(blocks.abs().amax(dim=1), "w4")

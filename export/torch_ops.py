@@ -36,8 +36,8 @@ def last_tap(weight: torch.Tensor) -> torch.Tensor:
 class TorchOps:
     """Float32 arithmetic, with the operands and results of a layer rounded to its format.
 
-    That is what a unit with reduced-precision operands and float32 accumulation computes.
-    Threads: one owner.
+    That is what a unit with reduced-precision operands and float32 accumulation computes. Weights
+    go to ``device`` one at a time. A GPU: not yet run on hardware. Threads: one owner.
 
     Attributes:
         stage: ``prefill`` or ``denoise``: which calibrated range a layer's input has.
@@ -61,7 +61,8 @@ class TorchOps:
         return self._weights.load(name).to(self._device, torch.float32)
 
     def _weight(self, name: str, fmt: Format) -> torch.Tensor:
-        weight = self._weights.load(name)
+        # Moved as it is stored: fewer bytes than in float32.
+        weight = self._weights.load(name).to(self._device)
         if weight.dtype == _DTYPES.get(fmt):
             return weight.to(torch.float32)
         return rounded(weight.to(torch.float32), fmt)
