@@ -79,8 +79,10 @@ demo: setup ## a small trained policy to INT8, and onto a simulated arm that tou
 	@mkdir -p build/demo && rm -rf build/demo/session
 	OMP_NUM_THREADS=1 $(BIN)/gwp-edge export examples/reach/policy/checkpoint --layout examples/reach/layout.json \
 		--precision int8 --calibration examples/reach/episodes --out build/demo/reach.gwp
+	@# A loaded machine may lose some of the recording; what the arm did is judged in any case.
 	$(BIN)/gwp-edge run build/demo/reach.gwp --robot examples/reach/robot.toml \
-		--task 'touch the blue cube' --duration 6 --record build/demo/session
+		--task 'touch the blue cube' --duration 10 --record build/demo/session \
+		|| echo "demo: the run ended with code $$?, as it says above; this is what it did all the same:"
 	@$(BIN)/python -W ignore examples/reach/show.py build/demo/session build/demo/reach.png
 
 hil: ## hardware tests that GWP_HIL names, in GWP_VENV; results go to a dated JSON file
