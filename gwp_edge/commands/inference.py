@@ -16,6 +16,7 @@ from gwp_edge.commands.options import (
     ThreadsOption,
 )
 from gwp_edge.console import progress_bars, say, say_json, write_file
+from gwp_edge.resident import Resident, read_resident
 
 
 def infer(
@@ -40,7 +41,7 @@ def infer(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer one observation with one chunk.
+    """Answer one observation with one chunk; --json says what memory that took beside the weights.
 
     Example: gwp-edge infer policy.gwp --observation obs.npz --out actions.npy
     """
@@ -54,6 +55,7 @@ def infer(
     spec = read_spec(bundle)
     given = load_observation(observation, spec)
     start = None if noise is None else load_noise(noise, spec)
+    memory = [read_resident()]
     with progress_bars() as bars:
         policy = load(
             bundle,
@@ -66,8 +68,10 @@ def infer(
             progress=bars,
         )
     try:
+        memory.append(read_resident())
         chunk = policy.predict(given, noise=start)
         timing = policy.timing
+        memory.append(read_resident())
     finally:
         policy.close()
     actions = np.asarray(chunk.actions, dtype=np.float32)
@@ -80,6 +84,7 @@ def infer(
         "postprocess": timing.postprocess_ns,
     }
     if as_json:
+        weights_file = policy.bundle.file(policy.bundle.manifest.weights)
         say_json(
             {
                 "out": str(out),
@@ -88,9 +93,31 @@ def infer(
                 "channels": [c.name for c in policy.spec.channels],
                 "stages_ms": {name: t_ns / 1e6 for name, t_ns in stages.items()},
                 "total_ms": timing.total_ns / 1e6,
+                "memory": memory_report(weights_file.stat().st_size, *memory),
             }
         )
         return
     parts = ", ".join(f"{name} {t_ns / 1e6:.1f}" for name, t_ns in stages.items())
     say(f"{out}: {actions.shape[0]} rows of {actions.shape[1]} channels, rad and m")
     say(f"first call {timing.total_ns / 1e6:.1f} ms ({parts})")
+
+
+def memory_report(
+    weight_bytes: int, before: Resident | None, loaded: Resident | None, after: Resident | None
+) -> dict[str, float | None]:
+    """Return resident memory beside the weights; None where this system does not tell it.
+
+    Args:
+        weight_bytes: size of the bundle's weight file.
+        before: before the policy was loaded: the interpreter and its libraries.
+        loaded: with the policy loaded and its self-test run.
+        after: with one chunk answered.
+    """
+    return {
+        "weights_bytes": weight_bytes,
+        "before_bytes": before.now_bytes if before else None,
+        "loaded_bytes": loaded.now_bytes if loaded else None,
+        "after_chunk_bytes": after.now_bytes if after else None,
+        "peak_bytes": after.peak_bytes if after else None,
+        "resident_over_weights": after.now_bytes / weight_bytes if after else None,
+    }
