@@ -29,12 +29,13 @@ def test_resident_memory_of_this_process_follows_what_it_holds():
     before = read_resident()
     if before is None:
         pytest.skip("this system has no /proc/self/status")
+    # The kernel counts in batches of pages, so all figures are off by a little.
     held = bytearray(b"x") * (64 * MIB)
     after = read_resident()
     assert after.now_bytes - before.now_bytes > 60 * MIB
-    assert after.peak_bytes >= after.now_bytes
     del held
-    assert read_resident().peak_bytes >= after.peak_bytes
+    released = read_resident()
+    assert released.peak_bytes - released.now_bytes > 50 * MIB  # it remembers
 
 
 def test_memory_report_relates_resident_memory_to_the_weights():
@@ -61,7 +62,7 @@ def test_infer_says_what_memory_it_took(exported, tmp_path):
     if memory["after_chunk_bytes"] is None:
         pytest.skip("this system has no /proc/self/status")
     assert memory["before_bytes"] + memory["weights_bytes"] / 2 < memory["loaded_bytes"]
-    assert memory["loaded_bytes"] <= memory["peak_bytes"] + MIB  # counted in batches of pages
-    assert memory["after_chunk_bytes"] <= memory["peak_bytes"]
+    assert memory["loaded_bytes"] <= memory["peak_bytes"] + MIB
+    assert memory["after_chunk_bytes"] <= memory["peak_bytes"] + MIB
     ratio = memory["after_chunk_bytes"] / memory["weights_bytes"]
     assert memory["resident_over_weights"] == pytest.approx(ratio)
