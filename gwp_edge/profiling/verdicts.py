@@ -109,7 +109,7 @@ def verdicts(
         tail_verdict(tail_report),
         on_time,
     ]
-    found += [_camera(camera) for camera in cameras]
+    found += [_camera(camera, aside) for camera in cameras]
     found += [_first_call(cold, steady), _throttling(system), _overhead(cost)]
     return tuple(v for v in found if v is not None)
 
@@ -264,7 +264,7 @@ def _where_gaps_come_from(motor: MotorReport) -> str:
     return "; ".join(f"{_GAP_WORDS[name]} ({lost:.0f} ms in all)" for lost, name in named)
 
 
-def _camera(camera: CameraReport) -> Verdict | None:
+def _camera(camera: CameraReport, aside: str = "") -> Verdict | None:
     if camera.period_ms is None or not camera.n_missing:
         return None
     low, high = (100 * share for share in _wilson(camera.n_missing, camera.n_expected))
@@ -277,7 +277,7 @@ def _camera(camera: CameraReport) -> Verdict | None:
     if low <= _LOST_PERCENT:
         text += "; too few to warn of"
         return Verdict(topic="camera", level="good", text=text, blames=camera.name)
-    text += ": check cable, USB bus and processor load"
+    text += f": check cable, USB bus and processor load{aside}"
     level: Level = "warn"
     return Verdict(topic="camera", level=level, text=text, blames=camera.name)
 

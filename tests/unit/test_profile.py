@@ -517,6 +517,20 @@ def test_camera_reports_frames_that_come_late_are_not_lost():
     assert (bad.n_missing, bad.n_late) == (0, 2)
 
 
+def test_camera_reports_uneven_clock_blames_nobody():
+    """A renderer that was starved made frames late by itself, and 8 % of them "never came".
+
+    Its frames were 25 ms or 50 ms apart as it pleased, so none was due at any moment.
+    """
+    raw = beside_each_other([])
+    shift = np.where(np.arange(60) % 5 == 0, 12 * MS, 0)
+    raw.stamps["t_captured_ns"][:, 0] += shift
+    raw.stamps["t_received_ns"][:, 0] += shift
+    uneven, even = camera_reports(raw, ("a", "b"), warmup_s=0.0)
+    assert (uneven.period_ms, uneven.n_expected, uneven.n_missing) == (None, 0, 0)
+    assert even.period_ms == pytest.approx(33.33, abs=0.01)
+
+
 def camera_verdict(n_missing, n_expected):
     camera = CameraReport(
         name="cam", clock="sim", n_made=1000, n_used=900, period_ms=33.3, n_expected=n_expected,
