@@ -77,10 +77,11 @@ def check_same(path: Path, known: Mapping[str, Any], source: Mapping[str, Any]) 
     wanted = json.loads(json.dumps(source))
     differ = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
     if differ:
+        then, now = known.get(differ[0]), wanted.get(differ[0])
+        values = "" if isinstance(then, (list, dict)) else f": {then} then, {now} now"
         raise SpecError(
-            f"{path}: was made from something else ({', '.join(differ)} differ: "
-            f"{known.get(differ[0])} then, {wanted.get(differ[0])} now); remove it to make it "
-            "again, or choose another folder"
+            f"{path}: was made from something else ({', '.join(differ)} differ{values}); remove it "
+            "to make it again, or choose another folder"
         )
 
 
