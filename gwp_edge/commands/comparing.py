@@ -32,10 +32,11 @@ def compare(
     Example: gwp-edge profile compare before.json after.json --fail-on p99=5%
     """
     from gwp_edge.profiling import compare as comparing
+    from gwp_edge.profiling.reports import differs_in, read_report
 
     gates = [comparing.parse_gate(text) for text in fail_on or ()]
-    reports = [comparing.read_report(path) for path in (before, after)]
-    others = comparing.differs_in(*reports)
+    reports = [read_report(path) for path in (before, after)]
+    others = differs_in(*reports)
     differences = comparing.compare(*reports, gates=gates)
     failed = comparing.failed_gates(gates, differences, comparing.main_quantity(reports[1]))
     if as_json:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from gwp_edge.bundle import Manifest, read_manifest
 from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.machine_limits import Limits, Machine, describe_machine
-from gwp_edge.profiling import disturb
 from gwp_edge.profiling.build import build_report
 from gwp_edge.profiling.collect import Listener, Together, collect_engine
 from gwp_edge.profiling.context import make_context
 from gwp_edge.profiling.cost import measure_cost
 from gwp_edge.profiling.disturb import Around, Disturbances, disturbed_robot
+from gwp_edge.profiling.disturbed_policy import create_policy
 from gwp_edge.profiling.live import LiveCallback, LiveFeed
 from gwp_edge.profiling.raw import Raw
 from gwp_edge.profiling.roofline import NO_LIMITS_ELSEWHERE, cached_limits
@@ -152,7 +152,7 @@ def _policy(
     threads: int | None,
     task: str | None,
 ) -> Policy:
-    return disturb.create_policy(
+    return create_policy(
         path=bundle,
         stages=options.disturbances.stages,
         engine=engine,
@@ -211,7 +211,7 @@ def profile_robot(
             raise SpecError("--disturb of a stage of the prediction needs a bundle")
         policy = dataclasses.replace(
             policy,
-            factory="gwp_edge.profiling.disturb:create_policy",
+            factory="gwp_edge.profiling.disturbed_policy:create_policy",
             kwargs={**kwargs, "stages": disturbances.stages},
         )
     run_options = dataclasses.replace(

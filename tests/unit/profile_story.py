@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from gwp_edge.machine_limits import describe_machine
@@ -119,6 +121,25 @@ def report_of(raws, *, cost_us=(0.0, 0.0), **context):
     }  # fmt: skip
     made = make_context(SPEC, describe_machine(), **{**given, **context})
     return build_report(raws, SPEC, made, cameras=("cam_high",), cost_us=cost_us)
+
+
+def moving_arm(lag_ms, *, n_s=6, late_lag_ms=None):
+    """An arm that follows a sine by exactly this time; by another one in the second half."""
+    story = Story(n=n_s * 20)
+    raw = story.raw()
+    t_ns = T0 + np.arange(0, n_s * 1000, 5) * MS
+    commands, states = (
+        np.zeros(len(t_ns), raw.commands.dtype),
+        np.zeros(len(t_ns), raw.states.dtype),
+    )
+    commands["t_ns"] = states["t_ns"] = t_ns
+    t_s = (t_ns - T0) / 1e9
+    lag_s = np.full(len(t_s), lag_ms / 1e3)
+    if late_lag_ms is not None:
+        lag_s[t_s > n_s / 2] = late_lag_ms / 1e3
+    commands["position"][:, 1] = 0.3 * np.sin(5.0 * t_s)
+    states["position"][:, 1] = 0.3 * np.sin(5.0 * (t_s - lag_s))
+    return dataclasses.replace(raw, commands=commands, states=states)
 
 
 def verdict(report, topic):

@@ -47,12 +47,11 @@ from gwp_edge.product_models import float_product, integer_product
 from gwp_edge.profiling.columns import Chunks
 from gwp_edge.profiling.compare import (
     compare,
-    differs_in,
     main_quantity,
     parse_gate,
-    read_report,
 )
 from gwp_edge.profiling.context import make_context
+from gwp_edge.profiling.reports import differs_in, read_report
 from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import CameraView, CanvasSpec, Channel, NetworkSpec, PolicySpec, Statistics
 

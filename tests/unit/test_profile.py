@@ -8,20 +8,16 @@ import re
 import msgspec
 import numpy as np
 import pytest
-from profile_story import MS, PERIOD, SPEC, T0, Story, report_of, verdict
+from profile_story import MS, PERIOD, SPEC, Story, moving_arm, report_of, verdict
 
 from gwp_edge.commands.profiling_tables import say_report
 from gwp_edge.errors import SpecError
-from gwp_edge.profiling.cameras import camera_reports
 from gwp_edge.profiling.chunks import chunk_table
-from gwp_edge.profiling.compare import (
-    read_report,
-)
 from gwp_edge.profiling.html_report import to_html
-from gwp_edge.profiling.schema import CameraReport, Summary
+from gwp_edge.profiling.reports import read_report
+from gwp_edge.profiling.schema import Summary
 from gwp_edge.profiling.system_sampler import SystemSamples
-from gwp_edge.profiling.verdicts import _camera
-from gwp_edge.status import Mode, TickFlag
+from gwp_edge.status import TickFlag
 
 # -- percentiles
 
@@ -195,63 +191,6 @@ def test_report_slow_sends_are_the_tail_of_the_bus():
     assert (report.tail.group, report.tail.segment) == ("bus", "send")
 
 
-def test_report_motor_stall_is_blamed_on_the_loop():
-    story = Story()
-    story.late = {100: 20.0, 300: 20.0}
-    report = story.report()
-    assert report.motor.tail == "loop"
-    # Woken 20 ms late, 20.2 ms until sent: deadlines at 5, 10 and 15 ms were given up.
-    assert report.motor.n_missed == 6
-    assert report.motor.longest_miss == 3
-    assert report.motor.n_long_gaps == 2
-    assert verdict(report, "motor").blames == "loop"
-    assert verdict(report, "motor").level == "bad"
-
-
-def test_report_jitter_that_skips_no_deadline_is_no_missed_period():
-    """Every third tick woke 2.7 ms late and every deadline was met, yet "333 of 1002 missed".
-
-    The report took any gap above 1.5 periods for a missed period; the loop skips one only when it
-    is behind by more than a period.
-    """
-    story = Story()
-    story.late = dict.fromkeys(range(0, 2000, 3), 2.7)
-    raw = story.raw()
-    assert set(np.diff(raw.ticks["t_planned_ns"])) == {5 * MS}
-    motor = story.report().motor
-    assert (motor.n_missed, motor.longest_miss) == (0, 0)
-    assert motor.n_long_gaps == pytest.approx(len(raw.ticks) / 3, abs=1)
-    assert verdict(story.report(), "motor").level == "good"
-    assert "skipped no deadline" in verdict(story.report(), "motor").text
-
-
-def test_report_two_causes_of_long_gaps_are_both_named():
-    story = Story()
-    story.late = dict.fromkeys((100, 200, 300), 12.0)
-    story.send = dict.fromkeys((150, 250, 350), 14.0)
-    found = verdict(story.report(), "motor")
-    assert "look at the bus" in found.text
-    assert "real-time priority" in found.text
-    assert found.text.index("real-time priority") < found.text.index("look at the bus")
-    assert found.blames == "loop"
-
-
-def test_report_slow_bus_is_blamed_on_the_bus():
-    story = Story()
-    story.send = dict.fromkeys(range(50, 500, 50), 12.0)
-    report = story.report()
-    assert report.motor.tail == "bus"
-    assert verdict(report, "motor").blames == "bus"
-
-
-def test_report_hold_in_between_is_no_missed_period():
-    story = Story()
-    raw = story.raw()
-    raw.ticks["mode"][200:300] = int(Mode.HOLD)
-    story.raw = lambda: raw
-    assert story.report().motor.n_missed == 0
-
-
 def test_report_slow_engine_cannot_keep_the_rate():
     story = Story(n=40, every=1500.0)
     story.stages["vision"] += 1400.0
@@ -264,74 +203,6 @@ def test_report_without_chunks_says_so():
     report = Story(n=40).report(warmup_s=100.0)
     assert verdict(report, "rate").level == "bad"
     assert "no chunk" in verdict(report, "rate").text
-
-
-def moving_arm(lag_ms, *, n_s=6, late_lag_ms=None):
-    """An arm that follows a sine by exactly this time; by another one in the second half."""
-    story = Story(n=n_s * 20)
-    raw = story.raw()
-    t_ns = T0 + np.arange(0, n_s * 1000, 5) * MS
-    commands, states = (
-        np.zeros(len(t_ns), raw.commands.dtype),
-        np.zeros(len(t_ns), raw.states.dtype),
-    )
-    commands["t_ns"] = states["t_ns"] = t_ns
-    t_s = (t_ns - T0) / 1e9
-    lag_s = np.full(len(t_s), lag_ms / 1e3)
-    if late_lag_ms is not None:
-        lag_s[t_s > n_s / 2] = late_lag_ms / 1e3
-    commands["position"][:, 1] = 0.3 * np.sin(5.0 * t_s)
-    states["position"][:, 1] = 0.3 * np.sin(5.0 * (t_s - lag_s))
-    return dataclasses.replace(raw, commands=commands, states=states)
-
-
-@pytest.mark.parametrize("lag_ms", [12, 80, 250])
-def test_report_motion_follows_commands_after_a_known_shift(lag_ms):
-    found = report_of([moving_arm(lag_ms)]).motor.command_to_motion_ms
-    assert found.n >= 4
-    assert found.p50 == pytest.approx(lag_ms, abs=1.0)
-    assert found.max - found.p50 <= 1.0
-
-
-def test_report_motion_of_every_run_and_second_is_in_the_spread():
-    """It was one number, fitted over the whole of the last run: no spread, no count, no others."""
-    found = report_of([moving_arm(40, late_lag_ms=90), moving_arm(150)]).motor.command_to_motion_ms
-    assert found.n >= 8
-    assert found.max == pytest.approx(150, abs=1.0)
-    assert found.mean < 130
-
-
-def test_report_arm_that_stands_has_no_lag():
-    raw = moving_arm(80)
-    for records in (raw.commands, raw.states):
-        records["position"] *= 0.001
-    assert report_of([raw]).motor.command_to_motion_ms is None
-
-
-def test_report_counts_limits_missing_sends_and_used_up_plans():
-    story = Story()
-    raw = story.raw()
-    running = np.flatnonzero(raw.ticks["chunk_idx"] >= 0)
-    raw.ticks["flags"][running[:30]] |= int(TickFlag.VELOCITY)
-    raw.ticks["flags"][running[:10]] |= int(TickFlag.ACCELERATION)
-    raw.ticks["flags"][running[:4]] |= int(TickFlag.NOT_SENT)
-    raw.ticks["row"][running[-20:]] = SPEC.n_rows - 1
-    motor = report_of([raw]).motor
-    assert motor.limited_ticks["velocity"] == 30
-    assert motor.limited_ticks["acceleration"] == 10
-    assert motor.limited_ticks["position"] == 0
-    assert motor.n_not_sent == 4
-    assert motor.used_up_ms == pytest.approx(20 * 5.0)
-
-
-def test_report_histograms_hold_every_tick_where_it_belongs():
-    story = Story()
-    story.late = {100: 3.0}
-    motor = story.report().motor
-    assert sum(n for _, n in motor.lateness_histogram) == motor.n_ticks
-    # Late by 3 ms makes one period 3 ms too long and the next 3 ms too short.
-    assert sum(n for edge, n in motor.jitter_histogram if edge > 2000) == 2
-    assert sum(n for _, n in motor.jitter_histogram) == motor.n_ticks - 1
 
 
 def test_report_runs_are_pooled_for_every_camera():
@@ -424,128 +295,6 @@ def test_report_other_programs_beside_free_cores_are_told_but_excuse_nothing():
     assert verdict(report, "machine").level == "good"
     assert "memory" in verdict(report, "machine").text
     assert "robot's alone" not in verdict(report, "stage").text
-
-
-def test_camera_reports_complete_frames_miss_nothing():
-    """A loop slower than its camera skips frames; that is nobody's loss."""
-    story = Story(n=60, every=71.0)
-    story.stages["vision"] += 54.0
-    number = np.floor(np.arange(60) * 71.0 / (PERIOD / MS)).astype(int)
-    story.frame_idx = number
-    story.age = np.arange(60) * 71.0 - number * PERIOD / MS + 2.5
-    found = camera_reports(story.raw(), ("cam",), warmup_s=0.0)[0]
-    assert found.n_missing == 0
-    assert found.n_expected >= 50
-    assert found.period_ms == pytest.approx(33.33, abs=0.01)
-
-
-def test_camera_reports_lost_frames_are_counted():
-    """The loop waits for each frame; five never come, so it begins one period later.
-
-    It looked in vain 3 ms before each frame that it began with.
-    """
-    number = np.delete(np.arange(65), [10, 20, 30, 31, 50])
-    raw = Story(n=60).raw()
-    raw.stamps["frame_idx"][:, 0] = number
-    shift = number * PERIOD + T0 - raw.stamps["t_observed_ns"]
-    for name in (
-        "t_observed_ns", "t_started_ns", "t_built_ns", "t_predicted_ns", "t_published_ns",
-    ):  # fmt: skip
-        raw.stamps[name] += shift
-    for name in ("t_captured_ns", "t_received_ns"):
-        raw.stamps[name][:, 0] += shift
-    raw.stamps["t_looked_ns"] = raw.stamps["t_started_ns"] - 3 * MS
-    raw.stamps["looked_idx"][1:, 0] = number[:-1]
-    raw.ticks["t_woke_ns"][-1] = raw.stamps["t_published_ns"][-1] + MS
-    found = camera_reports(raw, ("cam",), warmup_s=0.0)[0]
-    assert (found.n_missing, found.n_late, found.n_expected) == (5, 0, 64)
-
-
-def beside_each_other(lost):
-    """Two cameras in step; what ``lost`` says never comes from the second one."""
-    number = np.setdiff1d(np.arange(60 + len(lost)), lost)
-    raw = Story(n=60, every=PERIOD / MS).raw()
-    shift = (number - np.arange(60)) * PERIOD
-    for name in (
-        "t_observed_ns", "t_started_ns", "t_built_ns", "t_predicted_ns", "t_published_ns",
-    ):  # fmt: skip
-        raw.stamps[name] += shift
-    raw.stamps["n_cameras"] = 2
-    for name in ("t_captured_ns", "t_received_ns", "frame_idx", "domain"):
-        if name.startswith("t_"):
-            raw.stamps[name][:, 0] += shift
-        raw.stamps[name][:, 1] = raw.stamps[name][:, 0]
-    raw.stamps["frame_idx"][:, :2] = number[:, None]
-    raw.stamps["t_looked_ns"] = raw.stamps["t_started_ns"] - 3 * MS
-    # The first one's newest frame at the look in vain is the one before, lost by the other or not.
-    raw.stamps["looked_idx"][:, 0] = number - 1
-    raw.stamps["looked_idx"][1:, 1] = number[:-1]
-    raw.ticks["t_woke_ns"][-1] = raw.stamps["t_published_ns"][-1] + MS
-    return raw
-
-
-def test_camera_reports_blame_the_one_of_two_that_lost_frames():
-    """The loop waits for both, and the good one was counted with the bad one."""
-    good, bad = camera_reports(beside_each_other([10, 20, 30, 31]), ("a", "b"), warmup_s=0.0)
-    assert (good.n_missing, bad.n_missing) == (0, 4)
-
-
-def test_camera_reports_loop_that_did_not_look_blames_no_camera():
-    """Two perfect cameras on a loaded machine: "7.0 % missing: check cable, USB bus".
-
-    The loop had not been run between the time a frame was due and the next look, and by then a
-    newer one had taken its place.
-    """
-    raw = beside_each_other([10, 20, 30, 31])
-    raw.stamps["t_looked_ns"] = 0
-    for camera in camera_reports(raw, ("a", "b"), warmup_s=0.0):
-        assert (camera.n_missing, camera.n_late) == (0, 0)
-        assert camera.n_expected == camera.n_used - 1 >= 58
-
-
-def test_camera_reports_frames_that_come_late_are_not_lost():
-    """Ten milliseconds after it was due a look was in vain, and then it came."""
-    raw = beside_each_other([])
-    late = [10, 20]
-    raw.stamps["t_looked_ns"] = 0
-    raw.stamps["looked_idx"][late, 0] = late
-    for j in late:
-        raw.stamps["t_started_ns"][j] += 12 * MS
-        raw.stamps["t_looked_ns"][j] = raw.stamps["t_started_ns"][j] - MS
-    good, bad = camera_reports(raw, ("a", "b"), warmup_s=0.0)
-    assert (good.n_missing, good.n_late) == (0, 0), "its frame was there at the look"
-    assert (bad.n_missing, bad.n_late) == (0, 2)
-
-
-def test_camera_reports_uneven_clock_blames_nobody():
-    """A renderer that was starved made frames late by itself, and 8 % of them "never came".
-
-    Its frames were 25 ms or 50 ms apart as it pleased, so none was due at any moment.
-    """
-    raw = beside_each_other([])
-    shift = np.where(np.arange(60) % 5 == 0, 12 * MS, 0)
-    raw.stamps["t_captured_ns"][:, 0] += shift
-    raw.stamps["t_received_ns"][:, 0] += shift
-    uneven, even = camera_reports(raw, ("a", "b"), warmup_s=0.0)
-    assert (uneven.period_ms, uneven.n_expected, uneven.n_missing) == (None, 0, 0)
-    assert even.period_ms == pytest.approx(33.33, abs=0.01)
-
-
-def camera_verdict(n_missing, n_expected):
-    camera = CameraReport(
-        name="cam", clock="sim", n_made=1000, n_used=900, period_ms=33.3, n_expected=n_expected,
-        n_missing=n_missing, n_late=0, transport_ms=None,
-    )  # fmt: skip
-    return _camera(camera)
-
-
-@pytest.mark.parametrize(
-    ("n_missing", "n_expected", "level"), [(2, 60, "good"), (30, 900, "warn"), (1, 900, "good")]
-)
-def test_camera_verdict_warns_where_the_whole_interval_is_above_one_percent(
-    n_missing, n_expected, level
-):
-    assert camera_verdict(n_missing, n_expected).level == level
 
 
 def test_chunk_table_golden_run_is_the_cold_call():

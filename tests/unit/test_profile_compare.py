@@ -10,11 +10,11 @@ from profile_story import Story, report_of
 from gwp_edge.errors import SpecError
 from gwp_edge.profiling.compare import (
     compare,
-    differs_in,
     failed_gates,
     main_quantity,
     parse_gate,
 )
+from gwp_edge.profiling.reports import differs_in
 
 
 def noisy_run(rng, slower, n, offset_ms):

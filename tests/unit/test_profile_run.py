@@ -23,7 +23,7 @@ from gwp_edge.machine_limits import GemmRate, Limits  # noqa: E402
 from gwp_edge.policy import load  # noqa: E402
 from gwp_edge.profiling.cameras import _absent_frames, _steady  # noqa: E402
 from gwp_edge.profiling.collect import Listener, random_observation  # noqa: E402
-from gwp_edge.profiling.compare import read_report  # noqa: E402
+from gwp_edge.profiling.reports import read_report  # noqa: E402
 from gwp_edge.shared_memory import SHM_DIR, unique_name  # noqa: E402
 
 LIMITS = Limits(threads=1, gemm=(GemmRate(shape=(64, 64, 64), gflop_s=100.0),), stream_gb_s=10.0)
