@@ -161,20 +161,22 @@ def _difference(
     """Return one difference without its verdict; None where the first is nothing."""
     before, after = (float(_statistics(s.values)[statistic]) for s in series)
     with np.errstate(divide="ignore", invalid="ignore"):
-        changes = 100 * (samples[1][statistic] / samples[0][statistic] - 1)
-    if before <= 0 or not np.isfinite(changes).all():
+        # Ratios are even on a logarithmic scale: half and double are as far from no change.
+        logs = np.log(samples[1][statistic] / samples[0][statistic])
+    if before <= 0 or after <= 0 or not np.isfinite(logs).all():
         return None
-    change = 100 * (after / before - 1)
+    log_change = float(np.log(after / before))
     outside = (100 - level_percent) / 2
-    low, high = (float(p) for p in np.percentile(changes, (outside, 100 - outside)))
+    low, high = (float(p) for p in np.percentile(logs, (outside, 100 - outside)))
     n_runs = [s.n_runs for s in series]
     if min(n_runs) >= MIN_RUNS:
         # Of few runs a resample repeats some, so its spread is too small by (n - 1) / n, and what
         # is left is as uncertain as a mean of few values: Student's distribution.
         n_least = min(n_runs)
-        wide = _student(sum(n_runs) - 2, level_percent) * float(changes.std())
+        wide = _student(sum(n_runs) - 2, level_percent) * float(logs.std())
         wide *= (n_least / (n_least - 1)) ** 0.5
-        low, high = change - wide, change + wide
+        low, high = log_change - wide, log_change + wide
+    change, low, high = (100 * float(np.expm1(x)) for x in (log_change, low, high))
     return Difference(
         quantity=quantity,
         statistic=statistic,

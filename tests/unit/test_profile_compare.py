@@ -89,6 +89,18 @@ def test_compare_runs_that_differ_by_chance_are_mostly_shown_as_that():
     assert n_verdicts <= 2
 
 
+def test_compare_wild_runs_have_an_interval_that_a_time_can_have():
+    """Three runs of which one was disturbed gave "-219 to +220 %"; no time falls below nothing."""
+    rng = np.random.default_rng(0)
+    raws = [noisy_run(rng, slower, 60, 0.0) for slower in (0.0, 0.0, 90.0)]
+    before, after = report_of(raws), noisy(1, n=60)
+    for found in compare(before, after, gates=[parse_gate("prefill:mean=5%")]):
+        assert found.low_percent > -100.0
+        assert found.low_percent <= found.change_percent <= found.high_percent
+    wild = of(compare(before, after), "prefill", "mean")
+    assert wild.high_percent - wild.low_percent > 100.0
+
+
 def test_compare_change_beyond_what_runs_differ_by_is_found():
     before, after = noisy(5, offset_ms=0.5), noisy(6, slower=3.0, offset_ms=0.5)
     found = of(compare(before, after), "frame to command", "p50")
