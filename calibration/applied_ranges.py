@@ -16,7 +16,9 @@ from safetensors.numpy import save
 
 from gwp_edge.bundle import Bundle, Precision
 from gwp_edge.calibration.collect import SMOOTHED
+from gwp_edge.calibration.observers import Convergence
 from gwp_edge.calibration.record import CalibrationRecord
+from gwp_edge.calibration.thresholds import Method
 from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import FLOAT_FORMATS, PRECISIONS, Format, Recipe, make_recipe
 from gwp_edge.types import Float32Array
@@ -34,6 +36,8 @@ class AppliedRanges:
         means: mean input (in,) of a layer, which its bias accounts for.
         factors: what was folded, by the name of what it divides; see :mod:`folding`.
         step_amax: largest magnitude seen at an input in every step (N,) that it ran in.
+        convergence: whether each range in ``thresholds`` still grows with more samples.
+        method: observer that ``convergence`` judges by; empty where there is none.
     """
 
     block: int = 32
@@ -41,12 +45,27 @@ class AppliedRanges:
     means: Mapping[str, Float32Array] = field(default_factory=dict)
     factors: Mapping[str, Float32Array] = field(default_factory=dict)
     step_amax: Mapping[str, Float32Array] = field(default_factory=dict)
+    convergence: Mapping[str, Convergence] = field(default_factory=dict)
+    method: str = ""
 
 
 def applied_ranges(
-    recipe: Recipe, record: CalibrationRecord | None, *, is_smoothed: bool
+    recipe: Recipe,
+    record: CalibrationRecord | None,
+    *,
+    is_smoothed: bool,
+    method: Method = "minmax",
+    percentile: float = 99.9,
 ) -> AppliedRanges:
-    """Return the ranges that a recipe was given from a record."""
+    """Return the ranges that a recipe was given from a record.
+
+    Args:
+        recipe: with ranges.
+        record: what was observed; None for none.
+        is_smoothed: the recipe's ranges are those with factors folded in.
+        method: observer to judge convergence by.
+        percentile: for the percentile observer.
+    """
     if record is None:
         return AppliedRanges(block=recipe.block)
     prefix = SMOOTHED if is_smoothed else ""
@@ -60,6 +79,16 @@ def applied_ranges(
             for key in recipe.means
             if (seen := record.tensors.get(prefix + key)) is not None
         },
+        convergence={
+            key: seen.convergence(
+                method,
+                percentile=percentile,
+                number_format="fp8" if recipe.default == "fp8" else "int8",
+            )
+            for key in recipe.thresholds
+            if (seen := record.tensors.get(prefix + key)) is not None
+        },
+        method=method,
     )
 
 
@@ -75,6 +104,10 @@ def save_ranges(path: Path, ranges: AppliedRanges) -> None:
     ):
         for key, vector in named.items():
             arrays[f"{kind}:{key}"] = np.ascontiguousarray(vector, np.float32)
+    for key, seen in ranges.convergence.items():
+        arrays[f"growth:{key}"] = np.array([seen.amax, seen.thresholds], np.float64)
+    if ranges.convergence:
+        arrays["method"] = np.frombuffer(ranges.method.encode(), np.uint8)
     path.write_bytes(save(dict(sorted(arrays.items()))))
 
 
@@ -87,12 +120,15 @@ def load_ranges(bundle: Bundle) -> AppliedRanges:
     name = bundle.manifest.precision.ranges
     if name is None:
         return AppliedRanges()
-    found: dict[str, dict[str, Any]] = {"threshold": {}, "mean": {}, "factor": {}, "amax": {}}
-    block = None
+    kinds = ("threshold", "mean", "factor", "amax", "growth")
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
+    block, method = None, ""
     for key, value in bundle.arrays(name).items():
         kind, _, rest = key.partition(":")
         if key == "block":
             block = int(value[0])
+        elif key == "method":
+            method = value.tobytes().decode()
         elif kind in found:
             found[kind][rest] = value
         else:
@@ -105,6 +141,11 @@ def load_ranges(bundle: Bundle) -> AppliedRanges:
         means=found["mean"],
         factors=found["factor"],
         step_amax=found["amax"],
+        convergence={
+            key: Convergence.of(key, value[0].tolist(), value[1].tolist())
+            for key, value in found["growth"].items()
+        },
+        method=method,
     )
 
 

@@ -6,6 +6,7 @@ of two runs merge into what one run over both would have seen.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,27 @@ class Convergence:
     thresholds: tuple[float, ...]
     growth: float
     is_growing: bool
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        amax: Sequence[float],
+        thresholds: Sequence[float],
+        *,
+        tolerance: float = _GROWTH_TOLERANCE,
+    ) -> Convergence:
+        """Judge the growth of what was seen in each of ``FRACTIONS``."""
+        half, last = thresholds[-2], thresholds[-1]
+        growth = last / half - 1.0 if half > 0 else float(last > 0)
+        return cls(
+            name=name,
+            fractions=FRACTIONS,
+            amax=tuple(amax),
+            thresholds=tuple(thresholds),
+            growth=growth,
+            is_growing=abs(growth) > tolerance,
+        )
 
 
 def convergence_group(sample_idx: int) -> int:
@@ -170,16 +192,7 @@ class TensorObserver:
                 if seen.n_values
                 else 0.0
             )
-        half, last = thresholds[-2], thresholds[-1]
-        growth = last / half - 1.0 if half > 0 else float(last > 0)
-        return Convergence(
-            name=self.name,
-            fractions=FRACTIONS,
-            amax=tuple(amax),
-            thresholds=tuple(thresholds),
-            growth=growth,
-            is_growing=abs(growth) > tolerance,
-        )
+        return Convergence.of(self.name, amax, thresholds, tolerance=tolerance)
 
 
 class ChannelObserver:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,11 @@ import numpy as np
 
 from gwp_edge.errors import SpecError
 from gwp_edge.lerobot.dataset import LeRobotDataset, Sample
+from gwp_edge.types import Float32Array, ImageArray
 
 DEFAULT_N_SAMPLES = 64
+# Digits of each half of a sample's hash: 128 bits of a SHA-256.
+HALF_DIGITS = 32
 _HELD_OUT_SHARE = 0.2
 
 
@@ -61,13 +64,23 @@ class SampleRef:
         dataset: name of the dataset.
         episode: episode index.
         frame: frame index within the episode.
-        sha256: hash of what the sample holds; see :func:`hash_sample`.
+        sha256: hash of what the sample holds, in two halves; see :func:`hash_sample`.
     """
 
     dataset: str
     episode: int
     frame: int
     sha256: str
+
+    @property
+    def motion_hash(self) -> str:
+        """The half that state, actions and task give: it finds the sample in any copy."""
+        return self.sha256[:HALF_DIGITS]
+
+    @property
+    def pictures_hash(self) -> str:
+        """The half that the cameras' pictures give."""
+        return self.sha256[HALF_DIGITS:]
 
 
 def split_dataset(
@@ -178,21 +191,31 @@ def choose_frames(
 
 
 def hash_sample(sample: Sample) -> str:
-    """Return the SHA-256 of a sample's pictures, state, actions and task, in hexadecimal.
+    """Return a hash of a sample's motion, then one of its pictures; 32 hexadecimal digits each.
 
-    Place and file names do not count: a copy of a dataset has the same hashes.
+    Place and file names do not count: a copy of a dataset has the same hashes. The halves are
+    apart, so that a sample whose cameras were exchanged is still found by how the robot moved.
     """
-    header = {
-        "task": sample.task,
-        "cameras": [[c, list(sample.images[c].shape)] for c in sorted(sample.images)],
-        "actions": list(sample.actions.shape),
-    }
+    motion = hash_motion(sample.task, sample.state, sample.actions)
+    return motion + hash_pictures(sample.images)
+
+
+def hash_motion(task: str, state: Float32Array, actions: Float32Array) -> str:
+    """Return 32 digits of the SHA-256 of task, state (D,) and actions (H, D)."""
+    header = {"task": task, "actions": list(actions.shape)}
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for array in (sample.state, sample.actions):
+    for array in (state, actions):
         digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
-    for camera in sorted(sample.images):
-        digest.update(np.ascontiguousarray(sample.images[camera]).tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:HALF_DIGITS]
+
+
+def hash_pictures(images: Mapping[str, ImageArray]) -> str:
+    """Return 32 digits of the SHA-256 of every camera's name and picture."""
+    header = [[camera, list(images[camera].shape)] for camera in sorted(images)]
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for camera in sorted(images):
+        digest.update(np.ascontiguousarray(images[camera]).tobytes())
+    return digest.hexdigest()[:HALF_DIGITS]
 
 
 def reference_samples(

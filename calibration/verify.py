@@ -21,6 +21,7 @@ import gwp_edge
 from gwp_edge.bundle import Bundle
 from gwp_edge.calibration.applied_ranges import load_ranges
 from gwp_edge.calibration.provenance import judge_dataset
+from gwp_edge.calibration.sample_search import check_samples, find_samples, seen_frames
 from gwp_edge.calibration.verify_checks import Limits, error_checks, verdict
 from gwp_edge.calibration.verify_engine import Answer, EngineChoice, run_bundle
 from gwp_edge.calibration.verify_errors import Ruler, compare, make_ruler
@@ -75,8 +76,7 @@ class VerifyOptions:
         limits: what is too much.
         engine: what runs the bundle.
         layers: judge every layer too.
-        calibration_record: what the bundle was calibrated with: its samples are left out, its
-            ranges shown.
+        calibration_record: what the bundle was calibrated with: ranges of all inputs are shown.
     """
 
     bundle: Path
@@ -111,11 +111,11 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
     if options.reference is None and (options.layers or options.limits.is_absolute):
         flag = "--layers" if options.layers else "--max-error"
         raise SpecError(f"{flag} needs the float32 reference: give the checkpoint with --against")
-    record = view_record(options.calibration_record)
     bundle = Bundle.open(options.bundle, progress=progress)
     ranges = load_ranges(bundle)
-    if options.calibration_record is None:
-        record = view_bundle(bundle, ranges)
+    record = view_bundle(bundle, ranges)
+    if options.calibration_record is not None:
+        record = view_record(options.calibration_record, bundle, ranges)
     spec = bundle.spec
     ruler = make_ruler(
         spec, n_first_rows=options.n_first_rows, threshold_m=options.gripper_threshold_m
@@ -127,17 +127,19 @@ def verify_bundle(options: VerifyOptions, progress: Progress = _silent) -> Verif
             from gwp_edge.calibration.verify_reference import open_reference
 
             reference = stack.enter_context(open_reference(bundle, options.reference, progress))
+        found = find_samples(dataset, record.samples, spec.n_rows)
         chosen = choose_verification(
             dataset,
             spec,
             n_samples=options.n_samples,
             seed=options.seed,
-            calibrated=record.frames(dataset),
+            calibrated=seen_frames(found),
         )
         dataset.check_against(spec, episodes=chosen.episodes)
         files = () if reference is None else reference.prompt_files
         prompts, prompt_notes = _prompts(dataset, spec, chosen, options.task, files)
-        checks = (*record.checks, *record.check_samples(dataset, spec.n_rows))
+        looked_at = check_samples(dataset, record.samples, found, spec.n_rows)
+        checks = (*record.checks, *looked_at)
         answers, golden = run_bundle(
             bundle,
             dataset,
@@ -298,6 +300,7 @@ def _report(
         layers=() if against is None else against.layers,
         sensitivity=_sensitivity(bundle),
         ranges=record.ranges,
+        settling=record.settling,
         chunks=_plots(answers, None if against is None else against.actions),
     )
 

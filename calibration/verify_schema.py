@@ -130,6 +130,38 @@ class StepRange(_Struct, frozen=True, kw_only=True):
     steps: tuple[float, ...]
 
 
+class RangeGrowth(_Struct, frozen=True, kw_only=True):
+    """How the range of one input grew as samples were added.
+
+    Attributes:
+        name: the input.
+        amax: largest magnitude in each share of the samples.
+        thresholds: range that each share gives.
+        growth: range of all samples over that of half of them, minus 1.
+        is_growing: by more than the tolerance: more samples would change the range.
+    """
+
+    name: str
+    amax: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    growth: float
+    is_growing: bool
+
+
+class Settling(_Struct, frozen=True, kw_only=True):
+    """Do the ranges still grow with more samples?
+
+    Attributes:
+        method: observer that gives the ranges.
+        fractions: shares of the samples, to which the columns of ``ranges`` belong.
+        ranges: one for each quantized input.
+    """
+
+    method: str
+    fractions: tuple[float, ...]
+    ranges: tuple[RangeGrowth, ...]
+
+
 class PlotChunk(_Struct, frozen=True, kw_only=True):
     """One sample's chunks for plotting, (H, D) each, rad and m, rounded to 1e-6."""
 
@@ -230,7 +262,8 @@ class VerifyReport(_Struct, frozen=True, kw_only=True):
             unless layers were asked for.
         layers: by layer; empty unless asked for.
         sensitivity: as the manifest records it; empty where it does not.
-        ranges: from a calibration record; empty without one.
+        ranges: what calibration saw by step; of all inputs with a calibration record.
+        settling: whether those ranges still grow with more samples; None without any.
         chunks: a few samples for plotting: the worst one first.
     """
 
@@ -249,4 +282,5 @@ class VerifyReport(_Struct, frozen=True, kw_only=True):
     layers: tuple[LayerReport, ...]
     sensitivity: tuple[Sensitivity, ...]
     ranges: tuple[StepRange, ...]
+    settling: Settling | None = None
     chunks: tuple[PlotChunk, ...]

@@ -76,7 +76,7 @@ def verify(
     layers: Annotated[bool, typer.Option("--layers", help="Judge every layer in torch.")] = False,
     calibration_record: Annotated[
         Path | None,
-        typer.Option("--calibration-record", help="Leave out its samples, show its ranges."),
+        typer.Option("--calibration-record", help="The bundle's own: show ranges of all inputs."),
     ] = None,
     engine: EngineOption = "ort",
     provider: ProviderOption = "cpu",

@@ -5,6 +5,8 @@ Two denoising steps and few samples: every fault here is found at once.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -15,12 +17,14 @@ pytest.importorskip("av")
 
 from gwp_edge.bundle import Bundle
 from gwp_edge.calibration import quantize
+from gwp_edge.calibration.applied_ranges import load_ranges
 from gwp_edge.calibration.choice import Choice
-from gwp_edge.calibration.record import load_record, record_bytes
+from gwp_edge.calibration.record import load_record, record_bytes, save_record
 from gwp_edge.calibration.report import to_html
 from gwp_edge.calibration.verify import VerifyOptions, verify_bundle
 from gwp_edge.calibration.verify_engine import EngineChoice
 from gwp_edge.calibration.verify_reference import ReferenceOptions
+from gwp_edge.errors import SpecError
 from gwp_edge.export.pipeline import ExportOptions, export_bundle
 
 pytestmark = pytest.mark.export
@@ -52,9 +56,13 @@ def verify(bundle: Bundle, **options):
     return verify_bundle(
         VerifyOptions(
             bundle=bundle.root,
-            dataset=DATASET,
             engine=EngineChoice(threads=1),
-            **{"reference": ReferenceOptions(checkpoint=CHECKPOINT), "n_samples": 1, **options},
+            **{
+                "dataset": DATASET,
+                "reference": ReferenceOptions(checkpoint=CHECKPOINT),
+                "n_samples": 1,
+                **options,
+            },
         )
     )
 
@@ -79,7 +87,7 @@ def test_manifest_names_samples_record_and_the_cost_of_every_part(searched):
     assert [(s.episode, s.frame, s.sha256) for s in found.samples] == [
         (r.episode, r.frame, r.sha256) for r in refs
     ]
-    assert len(found.record_sha256) == 64
+    assert found.record_sha256 == hashlib.sha256(record.read_bytes()).hexdigest()
     assert record_bytes(load_record(record)) == record.read_bytes()
     costs = {cost.name: cost for cost in found.sensitivity}
     formats = {la.name: la.format for la in bundle.manifest.precision.layers}
@@ -156,8 +164,11 @@ def test_calibration_on_one_sample_is_caught(searched, tmp_path):
 
 
 def test_calibration_with_exchanged_cameras_is_caught(tmp_path):
-    """Ranges barely differ, and so do errors; that the pictures were others is what shows."""
-    swapped = tmp_path / "dataset"
+    """Ranges barely differ, and so do errors; that the pictures were others is what shows.
+
+    Samples were matched by the folder's name, so that a copy of another name was not checked.
+    """
+    swapped = tmp_path / "swapped"
     shutil.copytree(DATASET, swapped)
     videos = swapped / "videos"
     left, right = (videos / f"observation.images.cam_{side}_wrist" for side in ("left", "right"))
@@ -168,4 +179,56 @@ def test_calibration_with_exchanged_cameras_is_caught(tmp_path):
     report = verify(bundle)
     assert not report.passed
     assert checks(report)["calibration samples"].passed is False
-    assert "is not what calibration saw" in report.verdict
+    assert "cameras are exchanged" in report.verdict
+
+
+def test_renamed_calibration_set_is_not_taken_for_unseen_episodes(searched, tmp_path):
+    """Only the folder's name kept calibration's own episodes out of the verification."""
+    bundle, _ = searched
+    renamed = tmp_path / "renamed"
+    shutil.copytree(DATASET, renamed)
+    report = verify(bundle, dataset=renamed)
+    calibrated = {s.episode for s in bundle.manifest.calibration.samples}
+    assert calibrated.isdisjoint(report.context.episodes)
+    assert calibrated <= set(report.context.excluded_episodes)
+    assert checks(report)["calibration samples"].passed
+
+
+def test_record_of_another_calibration_is_refused(searched, tmp_path):
+    """Any record was taken, and its samples replaced those that the bundle names."""
+    bundle, record = searched
+    report = verify(bundle, calibration_record=record)
+    assert report.passed, report.verdict
+    assert {r.name for r in report.ranges} == set(load_record(record).tensors)
+    other = tmp_path / "other.safetensors"
+    given = load_record(record)
+    save_record(other, dataclasses.replace(given, samples=given.samples[:-1]))
+    with pytest.raises(SpecError, match="calibrated with another record"):
+        verify(bundle, calibration_record=other)
+
+
+def test_record_for_a_bundle_without_calibration_is_refused(searched, exported):
+    _, record = searched
+    plain = Bundle.open(exported("gwp05", n_steps=2, prompt_embeddings=PROMPTS))
+    with pytest.raises(SpecError, match="was not calibrated"):
+        verify(plain, calibration_record=record)
+
+
+def test_convergence_of_ranges_is_in_bundle_report_and_page(searched):
+    """It ended as a count in a line of text: which ranges grow, and how, was nowhere to be seen."""
+    bundle, record = searched
+    report = verify(bundle)
+    seen = {r.name: r for r in report.settling.ranges}
+    stored = load_ranges(bundle)
+    assert set(seen) == set(stored.thresholds)
+    assert report.settling.method == "minmax"
+    observed = load_record(record).tensors
+    for name, growth in seen.items():
+        expected = observed[name].convergence("minmax")
+        assert (growth.amax, growth.thresholds) == (expected.amax, expected.thresholds)
+        assert growth.is_growing == expected.is_growing
+    n_growing = sum(growth.is_growing for growth in seen.values())
+    text = f"{n_growing} of {len(seen)} ranges (minmax) still grow"
+    assert text in checks(report)["calibration"].text
+    assert report.settling == verify(bundle, calibration_record=record).settling
+    assert "Do the ranges settle?" in to_html(report)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
+import shutil
+import subprocess
 
 import msgspec
 import numpy as np
@@ -18,15 +21,23 @@ from gwp_edge.calibration.verify_schema import (
     Context,
     LayerReport,
     PlotChunk,
+    RangeGrowth,
     SampleId,
     Sensitivity,
+    Settling,
     StepRange,
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.spec import Channel
 
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 HOSTILE = '</script><img src="http://evil.example/x.png"><!-- & \u2028 é'
+
+
+LAYER = "blocks.0.ffn.net.0.proj"
 
 
 def make_report(task="pick the apple") -> VerifyReport:
@@ -78,7 +89,7 @@ def make_report(task="pick the apple") -> VerifyReport:
         layers=(
             LayerReport(
                 stage="denoise",
-                name="blocks.0.ffn.net.0.proj",
+                name=LAYER,
                 format="int8",
                 cosine=0.999,
                 sqnr_db=30.0,
@@ -89,6 +100,26 @@ def make_report(task="pick the apple") -> VerifyReport:
         ),
         sensitivity=(Sensitivity(name="blocks.0.ffn", p99_rad=0.001, format="int8"),),
         ranges=(StepRange(name="denoise/blocks.0", steps=(1.0, 2.0)),),
+        settling=Settling(
+            method="mse",
+            fractions=(0.125, 0.25, 0.5, 1.0),
+            ranges=(
+                RangeGrowth(
+                    name="denoise/blocks.0",
+                    amax=(1.0, 1.0, 1.0, 1.0),
+                    thresholds=(0.9, 0.9, 0.9, 0.9),
+                    growth=0.0,
+                    is_growing=False,
+                ),
+                RangeGrowth(
+                    name="denoise/blocks.1",
+                    amax=(1.0, 2.0, 2.5, 4.0),
+                    thresholds=(0.5, 1.5, 2.0, 3.0),
+                    growth=0.5,
+                    is_growing=True,
+                ),
+            ),
+        ),
         chunks=(
             PlotChunk(
                 episode=1, frame=2, task=task, bundle=rows[0], reference=rows[1], recorded=rows[2]
@@ -162,3 +193,57 @@ def test_json_report_is_read_back_whole():
 def test_json_that_is_no_report_is_refused(data):
     with pytest.raises(SpecError, match="not a report"):
         from_json(data)
+
+
+def drawn(report, folder):
+    """Return what a browser has made of the page."""
+    assert CHROMIUM, "no browser: run make setup"
+    page = folder / "verify.html"
+    page.write_text(to_html(report))
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-sync",
+            "--disable-background-networking", "--no-first-run", "--disable-component-update",
+            f"--user-data-dir={folder / 'browser'}", "--window-size=1000,4000", "--dump-dom",
+            page.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def section_of(dom, title):
+    """Return a section of the drawn page, without what follows it."""
+    _, found, rest = dom.partition(f"<h2>{title}</h2>")
+    assert found, title
+    return rest.partition("<h2>")[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium")
+def test_page_draws_errors_by_step_and_whether_ranges_settle(tmp_path):
+    """Both were in the JSON, the first by layer and step, and no page showed them."""
+    layer = make_report().layers[0]
+    report = msgspec.structs.replace(
+        make_report(),
+        layers=(
+            msgspec.structs.replace(layer, steps_sqnr_db=(40.0, 20.0, None)),
+            msgspec.structs.replace(
+                layer, name="action_decoder.out_proj", steps_sqnr_db=(60.0, 40.0, 20.0)
+            ),
+            msgspec.structs.replace(layer, name="exact", steps_sqnr_db=(None, None, None)),
+        ),
+    )
+    dom = drawn(report, tmp_path)
+    steps = section_of(dom, "Error by denoising step")
+    points = dict(re.findall(r'points="([^"]+)"[^>]*><title>([^<]+)', steps))
+    by_layer = {name: [p.split(",") for p in xy.split()] for xy, name in points.items()}
+    assert {LAYER, "action_decoder.out_proj"} <= set(by_layer)
+    heights = [float(y) for _, y in by_layer["action_decoder.out_proj"]]
+    assert heights[0] > heights[1] > heights[2]  # downwards: the error grows from 0.1 to 10 %
+    settling = section_of(dom, "Do the ranges settle?")
+    assert "1 of 2 ranges, by mse, still grow" in settling
+    rows = re.findall(r"<tr><td>(denoise/blocks\.\d)</td>(.*?)</tr>", settling)
+    assert [name for name, _ in rows] == ["denoise/blocks.1", "denoise/blocks.0"]
+    assert re.findall(r"<td>(.*?)</td>", rows[0][1])[:6] == ["1", "2", "2.5", "4", "3", "50 %"]
+    assert "yes" in rows[0][1]
+    assert "yes" not in rows[1][1]
