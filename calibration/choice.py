@@ -82,18 +82,26 @@ def choose_ranges(
     percentile: float,
     budget: Budget | None,
     device: str,
+    notes: list[str],
     progress: Progress | None,
 ) -> Choice:
-    """Return the observer, and whether to smooth, with the least error on held-out samples."""
+    """Return the observer, and whether to smooth, with the least error on held-out samples.
+
+    Where that is not measured, a line is added to ``notes``.
+    """
     methods: Sequence[Method] = [m for m in METHODS if observer in ("auto", m)]
     if not any(base.of(layer) in STATIC_FORMATS for layer in sizes):
         methods = methods[:1]  # no activation is quantized
     smoothings = (False, True) if record.smoothing else (False,)
     many = sum(size.n_values for size in sizes.values()) > _MANY_WEIGHTS
     if judge is None or (many and device == "cpu"):
-        logger.info("ranges are chosen by squared error: nothing to measure on, or too slow here")
         method: Method = "mse" if observer == "auto" else methods[0]
-        return Choice(method=method, is_smoothed=False)
+        # Factors are there only where they are predicted to lower the rounding noise.
+        choice = Choice(method=method, is_smoothed=bool(record.smoothing))
+        why = "nothing to measure on" if judge is None else "too slow to measure on a CPU"
+        folded = ", with smoothing as predicted" if choice.is_smoothed else ""
+        notes.append(f"ranges are chosen by {method}{folded}: {why}")
+        return choice
     tried: list[tuple[float, Choice]] = []
     choices = [Choice(method=m, is_smoothed=s) for s in smoothings for m in methods]
     # Only the ratio of both units matters here.

@@ -20,12 +20,19 @@ import torch
 from gwp_edge.bundle import Calibration, MeasuredError
 from gwp_edge.calibration.applied_ranges import AppliedRanges, applied_ranges
 from gwp_edge.calibration.choice import METHODS, choose_ranges, recipe_with_ranges
-from gwp_edge.calibration.collect import CollectOptions, collect, load_set, quantizable_layers
+from gwp_edge.calibration.collect import (
+    CollectOptions,
+    SampleSet,
+    collect,
+    load_set,
+    quantizable_layers,
+)
 from gwp_edge.calibration.forward import Network, Progress
 from gwp_edge.calibration.judge import Judge, LayerSize, layer_sizes
 from gwp_edge.calibration.provenance import require_recorded
 from gwp_edge.calibration.record import CalibrationRecord, load_record, save_record
 from gwp_edge.calibration.sensitivity import (
+    MAX_OVER_P99,
     Budget,
     SearchResult,
     describe,
@@ -38,7 +45,14 @@ from gwp_edge.calibration.thresholds import Method
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.export.folding import FoldedWeights
 from gwp_edge.export.ops import WeightSource
-from gwp_edge.export.precision import STATIC_FORMATS, Format, Recipe, make_recipe
+from gwp_edge.export.precision import (
+    INT4_BLOCKS,
+    QUANTIZED_FORMATS,
+    STATIC_FORMATS,
+    Format,
+    Recipe,
+    make_recipe,
+)
 from gwp_edge.export.quantized_linear import weight_bytes
 from gwp_edge.export.recipe_file import read_recipe
 from gwp_edge.export.targets import check_target_precision
@@ -62,10 +76,11 @@ class QuantizeOptions:
         record: calibration record: read where it exists, else written.
         dataset: LeRobot dataset; ranges where there is no record, and held-out episodes.
         collect: samples, seed, device.
+        fixed: which of ``collect`` were asked for by name; a record must have been made so.
         rest: format of what is not quantized.
         block: inputs that share a scale in w4.
         allow_synthetic: take a dataset that is not recorded; the bundle then says so.
-        go_on: where no recipe meets the budget, quantize everything all the same.
+        go_on: where the budget is not met, go on with the whole recipe all the same.
     """
 
     precision: Format
@@ -77,6 +92,7 @@ class QuantizeOptions:
     record: Path | None = None
     dataset: Path | None = None
     collect: CollectOptions = field(default_factory=CollectOptions)
+    fixed: frozenset[str] = frozenset()
     rest: Format = "fp32"
     block: int = 32
     allow_synthetic: bool = False
@@ -104,12 +120,31 @@ class Quantized:
     notes: tuple[str, ...]
 
 
+# Of the autoencoder both ends are read: another one has other values there.
+_VAE_TENSORS = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight")
+
+
 def fingerprint(network: Network) -> str:
-    """Return a hash that tells checkpoints apart without reading them whole."""
-    digest = hashlib.sha256(json.dumps(msgspec.to_builtins(network.spec.network)).encode())
+    """Return a hash of all that ranges follow from: weights, statistics and canvas.
+
+    Every weight of the layers counts: a merged adapter leaves biases and shapes as they were.
+    Prompts do not: the bundle may hold others than those that calibration saw.
+    """
+    spec = network.spec
+    sizes = msgspec.to_builtins(msgspec.structs.replace(spec.network, n_text_rows=1))
+    parts = [sizes, msgspec.to_builtins(spec.statistics), msgspec.to_builtins(spec.canvas)]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+
+    def add(tensor: torch.Tensor) -> None:
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
     for layer in quantizable_layers(network):
-        bias = network.weights.load(f"{layer}.bias").to(torch.float32)
-        digest.update(bias.numpy().tobytes())
+        add(network.weights.load(f"{layer}.weight"))
+        add(network.weights.load(f"{layer}.bias"))
+    if network.vae is not None:
+        for name in _VAE_TENSORS:
+            add(network.vae_weights.load(name))
     return digest.hexdigest()
 
 
@@ -133,12 +168,26 @@ def quantize(
         BuildError: no recipe meets the budget, and ``go_on`` is not set.
     """
     check_target_precision(options.target, options.precision)
+    if options.record is not None and not options.record.absolute().parent.is_dir():
+        raise SpecError(f"--calibration-record {options.record}: the folder does not exist")
+    if options.block not in INT4_BLOCKS:
+        known = ", ".join(map(str, INT4_BLOCKS))
+        raise SpecError(f"--block: expected one of {known}, got {options.block}")
+    if not 0.0 < options.percentile <= 100.0:
+        raise SpecError(f"--percentile: expected above 0 up to 100, got {options.percentile:g}")
     if options.observer not in ("auto", *METHODS):
         raise SpecError(f"--observer {options.observer}: choose auto, {', '.join(METHODS)}")
     sizes = layer_sizes(network)
     base = replace(make_recipe(options.precision), rest=options.rest, block=options.block)
     if options.recipe_file is not None:
         base = read_recipe(options.recipe_file, base, tuple(sizes))
+        for fmt in sorted({base.of(layer) for layer in sizes} & set(QUANTIZED_FORMATS)):
+            check_target_precision(options.target, fmt)
+    if options.budget is not None and options.dataset is None:
+        raise SpecError(
+            "a budget of action error is measured on held-out episodes: pass --calibration "
+            "DATASET, or --no-budget"
+        )
     notes: list[str] = []
     with ExitStack() as stack:
         dataset = None
@@ -154,11 +203,13 @@ def quantize(
             held_out = load_set(
                 network,
                 dataset,
-                options.collect,
+                # The split is the record's: with another seed its samples would be judged on.
+                options.collect if record is None else _as_recorded(options.collect, record),
                 held_out=True,
                 known_prompts=known_prompts,
                 progress=progress,
             )
+            _check_unseen(held_out, record)
             judge = Judge(network, held_out, options.collect.device, dataset.name)
     return _decide(network, options, base, sizes, record, judge, notes, progress)
 
@@ -174,7 +225,7 @@ def _record(
     """Return the record that there is, or the one of a new calibration."""
     if options.record is not None and options.record.exists():
         record = load_record(options.record)
-        _check_record(network, record, options.record)
+        _check_record(network, record, options)
         if record.is_synthetic and not options.allow_synthetic:
             raise SpecError(
                 f"{options.record}: was made on synthetic data; calibrate on recorded episodes, or "
@@ -201,6 +252,7 @@ def _record(
                 "dataset": dataset.name,
                 "dataset_sha256": dataset.fingerprint(),
                 "network": fingerprint(network),
+                "smoothing": options.collect.smoothing,
             },
             progress=progress,
         )
@@ -211,10 +263,43 @@ def _record(
     return record
 
 
-def _check_record(network: Network, record: CalibrationRecord, path: Path) -> None:
-    given = record.provenance
+def _as_recorded(collect: CollectOptions, record: CalibrationRecord) -> CollectOptions:
+    return replace(collect, seed=int(record.provenance["seed"]))
+
+
+def _check_unseen(held_out: SampleSet, record: CalibrationRecord | None) -> None:
+    seen = {ref.sha256 for ref in record.samples} if record is not None else set()
+    known = [ref for ref in held_out.refs if ref.sha256 in seen]
+    if known:
+        raise SpecError(
+            f"{known[0].dataset}: episode {known[0].episode}, frame {known[0].frame} was seen by "
+            "calibration and cannot measure it; pass the dataset that the record was made from, "
+            "or calibrate again"
+        )
+
+
+def _check_record(network: Network, record: CalibrationRecord, options: QuantizeOptions) -> None:
+    given, path = record.provenance, options.record
     if given.get("network") != fingerprint(network):
-        raise SpecError(f"{path}: was made from another checkpoint; calibrate again")
+        raise SpecError(
+            f"{path}: was made from other weights, statistics or cameras; calibrate again"
+        )
+    made_with = {
+        "samples": len(record.samples),
+        "seed": given.get("seed"),
+        "smoothing": given.get("smoothing"),
+    }
+    asked = {
+        "samples": options.collect.n_samples,
+        "seed": options.collect.seed,
+        "smoothing": options.collect.smoothing,
+    }
+    for name in sorted(options.fixed):
+        if made_with[name] != asked[name]:
+            raise SpecError(
+                f"{path}: was made with --{name} {made_with[name]}, not {asked[name]}; leave the "
+                "flag out, or calibrate again"
+            )
     if list(given.get("timesteps", ())) != list(network.spec.sampler.timesteps):
         raise SpecError(
             f"{path}: was made for {given.get('n_steps')} denoising steps of another schedule; "
@@ -244,6 +329,7 @@ def _decide(
             percentile=options.percentile,
             budget=options.budget,
             device=options.collect.device,
+            notes=notes,
             progress=progress,
         )
         recipe = recipe_with_ranges(base, record, choice, tuple(sizes), options.percentile)
@@ -256,6 +342,8 @@ def _decide(
     elif options.recipe_file is not None:
         notes.append(f"formats of layers follow {options.recipe_file.name}, not the budget search")
     error = judge.measure(recipe, weights) if judge is not None else None
+    if error is not None and options.budget is not None and options.recipe_file is not None:
+        _require(options.budget, error, options, notes)
     summary = None
     if record is not None and choice is not None:
         searched = judge is not None and options.recipe_file is None
@@ -275,6 +363,21 @@ def _decide(
         ),
         notes=tuple(notes),
     )
+
+
+def _require(
+    budget: Budget, error: MeasuredError, options: QuantizeOptions, notes: list[str]
+) -> None:
+    """Hold a recipe that was written by hand to the budget."""
+    if budget.use(error) <= 1.0:
+        return
+    message = (
+        f"the recipe gives {describe(error)}, allowed {describe_budget(budget)} and "
+        f"{MAX_OVER_P99:g} times that at most"
+    )
+    if not options.go_on:
+        raise BuildError(f"{message}; change it, allow more with --max-error, or --go-on")
+    notes.append(f"{message}; exported all the same")
 
 
 def _is_growing(record: CalibrationRecord, key: str) -> bool:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gwp_edge.bundle import MeasuredError
+from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import Format, Recipe
 
 MAX_UNITS = 64
+MAX_OVER_P99 = 10.0
 _BLOCK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 
 # Measures a recipe on held-out samples.
@@ -25,14 +27,29 @@ Measure = Callable[[Recipe], MeasuredError]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Largest allowed 99th percentile of the action error: rad for joints, m for grippers."""
+    """Largest allowed 99th percentile of the action error: rad for joints, m for grippers.
+
+    The largest error of all may be ``MAX_OVER_P99`` times as large: a percentile alone would let
+    one chunk in a hundred go anywhere.
+
+    Raises:
+        SpecError: a limit is not positive. Infinity means none.
+    """
 
     joints_rad: float = 2e-3
     grippers_m: float = 2e-4
 
+    def __post_init__(self) -> None:
+        for flag, limit in (
+            ("--max-error", self.joints_rad),
+            ("--max-gripper-error", self.grippers_m),
+        ):
+            if not limit > 0:
+                raise SpecError(f"{flag}: expected a positive number, got {limit:g}")
+
     def use(self, error: MeasuredError) -> float:
         """Return the share of the budget that an error takes; above 1 it does not fit."""
-        return self._share(error, "p99")
+        return max(self._share(error, "p99"), self._share(error, "max") / MAX_OVER_P99)
 
     def typical_use(self, error: MeasuredError) -> float:
         """Return the mean error over the budget: less noisy than a percentile, for ranking."""
@@ -225,12 +242,13 @@ def _explained(
 
 
 def describe(error: MeasuredError) -> str:
-    """Return the 99th percentiles of an error in words."""
+    """Return the 99th percentiles of an error in words, and maxima that stand out."""
     parts = []
-    if error.joints_rad is not None:
-        parts.append(f"{error.joints_rad.p99 * 1e3:.3g} mrad")
-    if error.grippers_m is not None:
-        parts.append(f"{error.grippers_m.p99 * 1e3:.3g} mm")
+    for part, unit in ((error.joints_rad, "mrad"), (error.grippers_m, "mm")):
+        if part is not None:
+            far = part.max > MAX_OVER_P99 * part.p99
+            most = f" (max {part.max * 1e3:.3g})" if far else ""
+            parts.append(f"{part.p99 * 1e3:.3g} {unit}{most}")
     return f"p99 {', '.join(parts)}"
 
 

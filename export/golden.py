@@ -47,7 +47,7 @@ def write_golden(inputs: Inputs, work: Path, progress: Progress) -> tuple[Golden
     given = golden_input(spec, GOLDEN_SEED)
     exact = _answer(inputs, make_recipe("fp32"), given, progress, "float32 reference")
     answer = exact
-    if inputs.recipe.default != "fp32":
+    if not inputs.recipe.is_float32:
         answer = _answer(inputs, inputs.recipe, given, progress, f"{inputs.recipe.name} emulation")
     save_file(
         {

@@ -21,6 +21,7 @@ from gwp_edge.export.companions import Companions, find_companions, read_statist
 from gwp_edge.export.layout import find_layout
 from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.precision import (
+    QUANTIZED_FORMATS,
     Format,
     Recipe,
     make_recipe,
@@ -76,6 +77,28 @@ class ExportOptions:
     allow_synthetic: bool = False
     go_on: bool = False
     device: str | None = None
+    # Of samples, seed and smoothing: those asked for by name, to which a record is held.
+    fixed: frozenset[str] = frozenset()
+
+
+def check_idle(options: ExportOptions) -> None:
+    """Refuse what would have no effect.
+
+    Raises:
+        SpecError: a flag of quantization with a precision that is not quantized.
+    """
+    if options.precision in QUANTIZED_FORMATS:
+        return
+    for flag, value in (
+        ("--calibration", options.calibration),
+        ("--calibration-record", options.calibration_record),
+        ("--recipe", options.recipe_file),
+    ):
+        if value is not None:
+            raise SpecError(
+                f"{flag} has no effect with --precision {options.precision}; choose "
+                f"{', '.join(QUANTIZED_FORMATS)}, or leave it out"
+            )
 
 
 class Source:

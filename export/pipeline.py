@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 import onnx_ir as ir
+import torch
 from safetensors.torch import save_file
 
 from gwp_edge.bundle import (
@@ -27,6 +28,7 @@ from gwp_edge.calibration.collect import CollectOptions
 from gwp_edge.calibration.forward import Network, default_device
 from gwp_edge.calibration.quantize import QuantizeOptions, quantize
 from gwp_edge.calibration.sensitivity import Budget
+from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.golden import KEPT_BYTES, checked_manifest, wants_engine, write_golden
 from gwp_edge.export.graphs import WEIGHTS_FILE, Graph, denoise_graph, prefill_graph, vision_graph
@@ -35,6 +37,7 @@ from gwp_edge.export.inputs import (
     Inputs,
     Progress,
     bytes_progress,
+    check_idle,
     read_inputs,
     silent,
 )
@@ -72,6 +75,7 @@ def export_bundle(options: ExportOptions, progress: Progress = silent) -> Export
     t_start = time.monotonic()
     check_target(options.out)
     check_target_precision(options.target, options.precision)
+    check_idle(options)
     with ExitStack() as stack:
         inputs = read_inputs(options, stack, progress)
         if options.precision in QUANTIZED_FORMATS:
@@ -79,6 +83,22 @@ def export_bundle(options: ExportOptions, progress: Progress = silent) -> Export
         bundle = _write(options, inputs, progress)
         unused = inputs.unused
     return ExportResult(bundle=bundle, seconds=time.monotonic() - t_start, unused=unused)
+
+
+def find_device(name: str | None) -> str:
+    """Return the device to calibrate on: the one asked for, else a GPU where there is one.
+
+    Raises:
+        SpecError: torch cannot use it.
+    """
+    if name is None:
+        return default_device()
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).splitlines()[0]
+        raise SpecError(f"--device {name}: torch cannot use it ({why}); leave it out") from e
+    return name
 
 
 def _quantized(options: ExportOptions, inputs: Inputs, progress: Progress) -> Inputs:
@@ -110,8 +130,9 @@ def _quantized(options: ExportOptions, inputs: Inputs, progress: Progress) -> In
                 n_held_out=options.held_out_samples,
                 seed=options.seed,
                 smoothing=options.smoothing,
-                device=options.device or default_device(),
+                device=find_device(options.device),
             ),
+            fixed=options.fixed,
             rest=options.rest or rest_format(options.target),
             block=options.block,
             allow_synthetic=options.allow_synthetic,
@@ -167,7 +188,7 @@ def _record(inputs: Inputs, bank: WeightBank) -> list[Graph]:
     """Record the three graphs, in the native form and where it differs in the portable one."""
     spec, recipe = inputs.spec, inputs.recipe
     forms: tuple[Literal["native", "portable"], ...] = ("native",)
-    if recipe.default != "fp32":
+    if not recipe.is_float32:
         forms = ("native", "portable")
     result = []
     for form in forms:

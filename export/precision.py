@@ -46,6 +46,11 @@ _QUANTIZABLE = re.compile(
 # Only layers of the stream that carries the actions: an error of the pictures' tokens reaches the
 # actions through attention alone, and was lost in the noise wherever it was measured.
 _SENSITIVE: dict[str, tuple[re.Pattern[str], str]] = {
+    "int8": (
+        re.compile(r"^blocks\.\d+\.(?:action_expert\.)?attn2\.to_out\.0$"),
+        "output of the text attention in the action stream: its range follows the prompt, and it "
+        "joins the residual without a gate",
+    ),
     "fp8": (
         re.compile(r"^blocks\.\d+\.(?:action_expert\.)?attn[12]\.to_out\.0$"),
         "output of attention in the action stream: rows hardly vary, so rounding adds up",

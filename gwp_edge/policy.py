@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,12 @@ from gwp_edge.preprocess import (
     compose_canvas,
     normalise_state,
 )
-from gwp_edge.protocols import Engine
+from gwp_edge.protocols import ChunkEngine, Engine
 from gwp_edge.spec import PolicySpec
 from gwp_edge.telemetry import StageTimes
 from gwp_edge.types import Chunk, Float32Array, FloatArray, ImageArray, Observation
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +149,7 @@ class BundlePolicy:
             prefill_ns=answer.prefill_ns,
             denoise_ns=answer.denoise_ns,
             postprocess_ns=postprocess_ns,
+            device_timed=self._pass is run_pass and isinstance(self._engine, ChunkEngine),
         )
 
     def _noise(self, noise: Float32Array | None) -> Float32Array:
@@ -260,6 +264,9 @@ def load(
         PerformanceIssue: the provider is not there.
     """
     bundle = Bundle.open(path, progress=progress)
+    calibration = bundle.manifest.calibration
+    if calibration is not None and calibration.is_synthetic:
+        logger.warning("%s: calibrated on SYNTHETIC data; not for a robot", path)
     policy = BundlePolicy(
         bundle,
         create_engine(engine, bundle, provider=provider, threads=threads, weights=weights),

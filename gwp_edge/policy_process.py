@@ -20,6 +20,7 @@ from gwp_edge.errors import DeviceError, GwpError, SpecError, StaleError
 from gwp_edge.mailbox import Board
 from gwp_edge.observe import ObservationLimits, Observer, StateHistory
 from gwp_edge.preflight import (
+    check_calibration,
     check_cameras,
     check_first_action,
     check_golden,
@@ -366,7 +367,8 @@ class _Runner:
 
     def _preflight(self) -> bool:
         """Run this process's checks; return False when the end came first."""
-        for line in note_bundle(self._options.kwargs):
+        loaded_with = self._options.kwargs
+        for line in (*note_bundle(loaded_with), *check_calibration(loaded_with)):
             self._check(line)
         t_golden_ns = self._clock.now_ns()
         self._check(check_golden(self._policy))

@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from gwp_edge.bundle import read_manifest
 from gwp_edge.errors import GwpError
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.protocols import Policy
@@ -44,6 +45,24 @@ def note_bundle(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
         ),
         CheckResult(name="engine", passed=True, detail=device),
     )
+
+
+def check_calibration(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
+    """Refuse ranges that were not observed on a robot: nobody knows what such a bundle does.
+
+    Args:
+        loaded_with: arguments of ``policy.load``; of any other factory no line is made.
+    """
+    if "path" not in loaded_with or "engine" not in loaded_with:
+        return ()
+    name, calibration = "calibration", read_manifest(str(loaded_with["path"])).calibration
+    if calibration is None:
+        return (CheckResult(name=name, passed=True, detail="none needed"),)
+    if calibration.is_synthetic:
+        detail = "made on SYNTHETIC data; export again with --calibration on recorded episodes"
+        return (CheckResult(name=name, passed=False, detail=detail),)
+    detail = f"{calibration.n_samples} recorded samples of {calibration.dataset}"
+    return (CheckResult(name=name, passed=True, detail=detail),)
 
 
 def check_golden(policy: Policy) -> CheckResult:

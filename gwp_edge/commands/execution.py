@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from gwp_edge.chunking import Method
     from gwp_edge.schedule import Blend
 
+# Checks whose failure is told and passed over where no arm can be harmed.
+ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action", "calibration"})
+
 ExecutionOption = Annotated[
     str,
     typer.Option(

@@ -69,8 +69,11 @@ def export(
         typer.Option("--calibration-record", help="Ranges to reuse, or to write when absent."),
     ] = None,
     samples: Annotated[
-        int, typer.Option("--samples", min=1, help="Calibration frames over episodes and time.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--samples", min=1, help="Calibration frames over episodes and time; 64 if not given."
+        ),
+    ] = None,
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Frames that the error is measured on.")
     ] = 8,
@@ -78,9 +81,23 @@ def export(
         str,
         typer.Option("--observer", help="auto, minmax, percentile, mse or entropy."),
     ] = "auto",
+    percentile: Annotated[
+        float,
+        typer.Option("--percentile", help="Share of values that --observer percentile keeps."),
+    ] = 99.9,
     smoothing: Annotated[
-        bool, typer.Option("--smoothing/--no-smoothing", help="Fold activation outliers away.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--smoothing/--no-smoothing", help="Fold activation outliers away; on if not given."
+        ),
+    ] = None,
+    block: Annotated[
+        int, typer.Option("--block", help="Inputs that share a scale in w4: 32, 64 or 128.")
+    ] = 32,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Where torch calibrates: cpu, cuda; a GPU if there is one."),
+    ] = None,
     rest: Annotated[
         str | None,
         typer.Option("--rest", help="What is not quantized: fp32 (cpu), fp16 (GPUs) or bf16."),
@@ -99,18 +116,21 @@ def export(
         bool, typer.Option("--no-budget", help="Take the default recipe whatever its error.")
     ] = False,
     go_on: Annotated[
-        bool, typer.Option("--go-on", help="Write the best bundle when no recipe fits the budget.")
+        bool,
+        typer.Option("--go-on", help="Where the budget is not met, write the whole recipe anyway."),
     ] = False,
     allow_synthetic: Annotated[
         bool, typer.Option("--allow-synthetic", help="Calibrate on data that is not recorded.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of samples and noise.")] = 0,
-    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 10,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Of samples and noise; 0 if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")] = 10,
     timesteps: Annotated[
         str,
         typer.Option("--timesteps", help="bfloat16 as trained, or exact for float32 parity."),
     ] = "bfloat16",
-    embodiment: Annotated[int, typer.Option("--embodiment", help="Which projections.")] = 0,
+    embodiment: Annotated[int, typer.Option("--embodiment", min=0, help="Which projections.")] = 0,
     layout: Annotated[
         str, typer.Option("--layout", help="piper-dual, piper, or a JSON file.")
     ] = "piper-dual",
@@ -139,6 +159,7 @@ def export(
         raise BuildError(
             f"export needs {e.name}, which is not installed: pip install 'gwp-edge[export]'"
         ) from e
+    asked = {"samples": samples, "seed": seed, "smoothing": smoothing}
     options = ExportOptions(
         checkpoint=checkpoint,
         out=out,
@@ -157,11 +178,15 @@ def export(
         target=target,
         calibration=calibration,
         calibration_record=calibration_record,
-        samples=samples,
+        samples=64 if samples is None else samples,
         held_out_samples=held_out,
-        seed=seed,
+        seed=seed or 0,
         observer=observer,
-        smoothing=smoothing,
+        percentile=percentile,
+        smoothing=smoothing is not False,
+        fixed=frozenset(name for name, value in asked.items() if value is not None),
+        block=block,
+        device=device,
         recipe_file=recipe,
         rest=None if rest is None else _choice("--rest", rest, _RESTS),
         max_error_rad=None if no_budget else max_error,
@@ -192,6 +217,7 @@ def _export_summary(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "n_bytes": bundle.n_bytes,
         "tasks": list(manifest.spec.tasks),
         "error": msgspec.to_builtins(manifest.error),
+        "notes": list(manifest.provenance.notes),
         "golden_tolerance": manifest.golden.tolerance,
         "checked_with": list(manifest.golden.checked_with),
         "export_s": round(seconds, 2),
@@ -213,6 +239,8 @@ def _say_export(bundle: Bundle, summary: dict[str, Any], unused: dict[str, int])
             say(f"error        {name} {_error_text(part, unit, scale)}")
     checked = ", ".join(summary["checked_with"]) or "no engine here: the golden check at load will"
     say(f"measured on  {error.inputs}; reproduced by {checked}")
+    for note in summary["notes"]:
+        say(f"note         {note}")
     peak = summary["peak_resident_bytes"] / 1e9
     say(f"took         {summary['export_s']:.1f} s, peak resident memory {peak:.2f} GB")
     if summary["precision"] == "fp32" and bundle.n_bytes > _LARGE_FLOAT_BYTES:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gwp_edge.commands.execution import find_execution, lead_ns_of
+from gwp_edge.commands.execution import ADVISORY_IN_SIMULATION, find_execution, lead_ns_of
 from gwp_edge.commands.live_view import LiveView
 from gwp_edge.console import remark
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from gwp_edge.run_options import RunOptions
     from gwp_edge.spec import PolicySpec
 
-_ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +84,7 @@ def _run_options(given: RobotRun, spec: PolicySpec) -> RunOptions:
     skipped = given.skipped
     if config.is_simulated:
         # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
-        skipped |= _ADVISORY_IN_SIMULATION
+        skipped |= ADVISORY_IN_SIMULATION
     return RunOptions(
         spec=spec,
         robot=config,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gwp_edge.commands.execution import (
+    ADVISORY_IN_SIMULATION,
     ExecutionOption,
     LeadOption,
     WarmStartOption,
@@ -29,8 +30,6 @@ from gwp_edge.errors import SpecError
 if TYPE_CHECKING:
     from gwp_edge.run_options import RunOptions, RunStatus
     from gwp_edge.telemetry import Distribution, RunSummary
-
-_ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action"})
 
 
 def run(
@@ -102,7 +101,7 @@ def run(
     simulated = config.is_simulated
     if simulated:
         # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.
-        skipped |= _ADVISORY_IN_SIMULATION
+        skipped |= ADVISORY_IN_SIMULATION
     options = RunOptions(
         spec=spec,
         robot=config,

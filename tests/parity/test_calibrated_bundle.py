@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,11 +107,66 @@ def test_other_seed_gives_another_bundle(calibrated, tmp_path):
 
 def test_record_of_another_checkpoint_is_refused(calibrated, tmp_path):
     _, record = calibrated
-    with pytest.raises(SpecError, match="another checkpoint"):
+    with pytest.raises(SpecError, match="other weights"):
         export_bundle(options(tmp_path / "a.gwp", family="gwp0", calibration_record=record))
     with pytest.raises(SpecError, match="denoising steps"):
         export_bundle(options(tmp_path / "b.gwp", n_steps=4, calibration_record=record))
     assert not list(tmp_path.iterdir())
+
+
+def test_record_of_other_weights_with_equal_biases_is_refused(calibrated, tmp_path):
+    """A merged adapter leaves biases and shapes alone; its old ranges once were accepted."""
+    from safetensors.torch import load_file, save_file
+
+    _, record = calibrated
+    source = DATA / "reference" / "gwp05"
+    for name in ("base_model", "t5_embedding", "norm_stats.json", "checkpoint"):
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        copy(source / name, tmp_path / name)
+    (path,) = (tmp_path / "checkpoint").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["blocks.1.visual_expert.ffn.net.0.proj.weight"] *= 5.0
+    save_file(tensors, path)
+    given = options(tmp_path / "a.gwp", calibration_record=record)
+    given = dataclasses.replace(given, checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(SpecError, match="other weights"):
+        export_bundle(given)
+
+
+def test_record_serves_a_bundle_of_more_prompts(calibrated, tmp_path):
+    _, record = calibrated
+    embedding = torch.load(
+        next((DATA / "reference" / "gwp05" / "t5_embedding").glob("*.pt")), weights_only=True
+    )["t5_embedding"]
+    torch.save({"t5_embedding": torch.cat([embedding, embedding])}, tmp_path / "long.pt")
+    given = options(
+        tmp_path / "a.gwp",
+        calibration_record=record,
+        prompt_embeddings=(tmp_path / "long.pt",),
+    )
+    assert export_bundle(given).bundle.manifest.calibration.n_samples == 4
+
+
+def test_held_out_samples_are_the_records_whatever_the_seed(calibrated, tmp_path):
+    """With another seed the split was another, and calibration's own samples were judged on."""
+    bundle, record = calibrated
+    given = options(tmp_path / "a.gwp", calibration_record=record, seed=1)
+    manifest = export_bundle(given).bundle.manifest
+    assert manifest.error.inputs == bundle.manifest.error.inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1, "fixed": frozenset({"seed"})}, "--seed 0, not 1"),
+        ({"samples": 5, "fixed": frozenset({"samples"})}, "--samples 4, not 5"),
+        ({"smoothing": True, "fixed": frozenset({"smoothing"})}, "--smoothing False, not True"),
+    ],
+)
+def test_record_that_was_made_otherwise_is_refused(calibrated, tmp_path, changes, words):
+    _, record = calibrated
+    with pytest.raises(SpecError, match=words):
+        export_bundle(options(tmp_path / "a.gwp", calibration_record=record, **changes))
 
 
 def test_record_of_synthetic_data_is_refused_and_marks_the_bundle(calibrated, tmp_path):
@@ -171,14 +227,17 @@ def test_budget_that_nothing_meets_fails_unless_told_to_go_on(calibrated, tmp_pa
     assert any("exported all the same" in note for note in manifest.provenance.notes)
 
 
-def test_recipe_file_decides_over_the_budget(calibrated, tmp_path):
+def test_recipe_file_decides_and_is_held_to_the_budget(calibrated, tmp_path):
     _, record = calibrated
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"layers": {"blocks.*": "w8", "blocks.1.*": "fp32"}}))
     given = options(
         tmp_path / "a.gwp", calibration_record=record, recipe_file=path, max_error_rad=1e-9
     )
-    manifest = export_bundle(given).bundle.manifest
+    with pytest.raises(BuildError, match=r"the recipe gives p99 .* allowed"):
+        export_bundle(given)
+    manifest = export_bundle(dataclasses.replace(given, go_on=True)).bundle.manifest
+    assert any("the recipe gives" in note for note in manifest.provenance.notes)
     formats = {la.name: la.format for la in manifest.precision.layers}
     assert formats["blocks.0.visual_expert.ffn.net.2"] == "w8"
     assert formats["blocks.1.action_expert.ffn.net.2"] == "fp32"
@@ -191,6 +250,57 @@ def test_rest_in_float16_runs(calibrated, tmp_path):
     manifest = export_bundle(given).bundle.manifest
     assert manifest.precision.cache == "fp16"
     assert manifest.golden.checked_with == ("ort cpu",)
+
+
+@pytest.mark.parametrize("content", [{"layers": {"*": "fp8"}}, {"default": "fp8"}])
+def test_recipe_cannot_bring_to_a_device_what_it_has_no_units_for(tmp_path, content):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SpecError, match="int8"):
+        export_bundle(options(tmp_path / "a.gwp", target="orin", recipe_file=path))
+
+
+def test_recipe_of_single_quantized_layers_runs_on_the_engine(calibrated, tmp_path):
+    """Its golden output once was the float32 answer, which no engine reproduced."""
+    _, record = calibrated
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"default": "fp32", "layers": {"blocks.0.*": "int8"}}))
+    given = options(tmp_path / "a.gwp", calibration_record=record, recipe_file=path)
+    manifest = export_bundle(given).bundle.manifest
+    assert manifest.golden.checked_with == ("ort cpu",)
+    assert {la.format for la in manifest.precision.layers} == {"fp32", "int8"}
+
+
+def test_budget_without_anything_to_measure_on_is_refused(calibrated, tmp_path):
+    _, record = calibrated
+    for precision, given_record in (("w8", None), ("int8", record)):
+        given = options(
+            tmp_path / "a.gwp",
+            precision=precision,
+            calibration=None,
+            calibration_record=given_record,
+            max_error_rad=1e-3,
+        )
+        with pytest.raises(SpecError, match="or --no-budget"):
+            export_bundle(given)
+
+
+def test_auto_takes_what_was_measured_best(tmp_path):
+    given = options(
+        tmp_path / "a.gwp", observer="auto", smoothing=True, n_steps=2, max_error_rad=1.0
+    )
+    calibration = export_bundle(given).bundle.manifest.calibration
+    assert calibration.observer in ("minmax", "percentile", "mse", "entropy")
+
+
+def test_large_network_says_that_ranges_were_not_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr("gwp_edge.calibration.choice._MANY_WEIGHTS", 0)
+    given = options(tmp_path / "a.gwp", observer="auto", smoothing=True, n_steps=2)
+    manifest = export_bundle(given).bundle.manifest
+    assert manifest.calibration.observer == "mse"
+    assert any(
+        "ranges are chosen by mse" in n and "too slow" in n for n in manifest.provenance.notes
+    )
 
 
 def test_orin_refuses_fp8_before_any_work(tmp_path):

@@ -9,9 +9,7 @@ run time: self-attention and the feed-forward part.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,25 +18,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("av")
 
-from gwp_edge.calibration.collect import CollectOptions, collect, load_set  # noqa: E402
-from gwp_edge.calibration.forward import BatchRunner, Network  # noqa: E402
+from calibration_rig import opened  # noqa: E402
+
+from gwp_edge.calibration.collect import CollectOptions, collect  # noqa: E402
+from gwp_edge.calibration.forward import BatchRunner  # noqa: E402
 from gwp_edge.calibration.judge import layer_sizes  # noqa: E402
-from gwp_edge.export.inputs import ExportOptions, read_inputs  # noqa: E402
 from gwp_edge.export.precision import make_recipe  # noqa: E402
-from gwp_edge.lerobot.dataset import LeRobotDataset  # noqa: E402
 
 pytestmark = pytest.mark.export
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT / "tests" / "data"
-CASES = {
-    "random GWP-0.5": (DATA / "reference" / "gwp05" / "checkpoint", DATA / "dataset", "piper-dual"),
-    "trained": (
-        ROOT / "examples" / "reach" / "policy" / "checkpoint",
-        ROOT / "examples" / "reach" / "episodes",
-        str(ROOT / "examples" / "reach" / "layout.json"),
-    ),
-}
 MODULATED = ("attn1.qkv", "ffn.net.0.proj")
 
 
@@ -69,30 +57,13 @@ class Ranges(Mapping):
 
 def errors_mrad(name, precision):
     """Return the mean error on joints with one range, and with one for each step."""
-    checkpoint, data, layout = CASES[name]
-    options = ExportOptions(
-        checkpoint=checkpoint, out=Path("unused.gwp"), precision=precision, layout=layout
-    )
-    with ExitStack() as stack:
-        inputs = read_inputs(options, stack, lambda *_: None)
-        net = Network(
-            weights=inputs.weights,
-            vae_weights=inputs.vae_weights,
-            vae=inputs.vae,
-            spec=inputs.spec,
-        )
-        dataset = stack.enter_context(LeRobotDataset.open(data))
-        tasks = zip(inputs.spec.tasks, inputs.embeddings, strict=True)
-        prompts = {task: embedding.numpy() for task, embedding in tasks}
-        how = CollectOptions(n_samples=8, n_held_out=6, smoothing=False)
-        seen, unseen = (
-            load_set(net, dataset, how, held_out=side, known_prompts=prompts)
-            for side in (False, True)
-        )
-        record = collect(net, seen, how, is_synthetic=False, provenance={})
-        runner = BatchRunner(net, unseen.prepared)
+    how = CollectOptions(n_samples=8, n_held_out=6, smoothing=False)
+    with opened(name, how) as case:
+        net = case.network
+        record = collect(net, case.seen, how, is_synthetic=False, provenance={})
+        runner = BatchRunner(net, case.unseen.prepared)
         exact = runner.actions(runner.run(make_recipe("fp32")))
-        is_rad = np.array([c.unit == "rad" for c in inputs.spec.channels])
+        is_rad = np.array([c.unit == "rad" for c in case.spec.channels])
         found = []
         for by_step in (False, True):
             ranges = Ranges(record, by_step=by_step)
@@ -109,7 +80,7 @@ def errors_mrad(name, precision):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["random GWP-0.5", "trained"])
 def test_ranges_of_single_steps_bring_too_little(name, precision):
     one, by_step = errors_mrad(name, precision)
     share = 1.0 - by_step / one

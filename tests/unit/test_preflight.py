@@ -1,6 +1,9 @@
 """Each preflight check passes on what is well and fails on what is not."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 
 from gwp_edge import preflight
 from gwp_edge.errors import BuildError
@@ -92,6 +95,24 @@ def test_golden(monkeypatch):
     monkeypatch.setattr(ScriptedPolicy, "check_golden", differs)
     result = preflight.check_golden(policy)
     assert (result.passed, result.detail) == (False, "off by 0.5 rad")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "passed", "words"),
+    [
+        (None, True, "none needed"),
+        (SimpleNamespace(is_synthetic=False, n_samples=64, dataset="towel"), True, "64 recorded"),
+        (SimpleNamespace(is_synthetic=True, n_samples=64, dataset="noise"), False, "SYNTHETIC"),
+    ],
+)
+def test_synthetic_calibration_keeps_a_bundle_from_a_robot(monkeypatch, calibration, passed, words):
+    monkeypatch.setattr(
+        preflight, "read_manifest", lambda path: SimpleNamespace(calibration=calibration)
+    )
+    (line,) = preflight.check_calibration({"path": "policy.gwp", "engine": "ort"})
+    assert (line.name, line.passed) == ("calibration", passed)
+    assert words in line.detail
+    assert preflight.check_calibration({"script": "sine"}) == ()
 
 
 def test_bundle_and_engine_are_named_where_there_are_any():

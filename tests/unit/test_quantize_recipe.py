@@ -41,6 +41,7 @@ HIGH = (
 )
 # Kept high where codes are coarse, in the stream that carries the actions.
 SENSITIVE = {
+    "int8": ("attn2.to_out.0",),
     "fp8": ("attn1.to_out.0", "attn2.to_out.0"),
     "w8": ("attn2.to_q", "attn2.to_out.0"),
 }

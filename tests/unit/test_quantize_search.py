@@ -16,6 +16,7 @@ from gwp_edge.calibration.sensitivity import (
     search,
     sweep,
 )
+from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import make_recipe
 
 pytestmark = pytest.mark.export
@@ -133,3 +134,19 @@ def test_deep_network_is_swept_in_groups_that_cover_every_layer_once():
     assert sorted(layer for u in groups for layer in u.layers) == sorted(layers)
     assert sum(u.saved_bytes for u in groups) == 1000 * len(layers)
     assert groups[0].name.startswith("blocks.0-")
+
+
+def test_budget_caps_the_largest_error_too():
+    """One chunk in a hundred that goes anywhere does not show in a 99th percentile."""
+    far = ChannelError(mean=1e-4, p50=1e-4, p99=1e-3, max=0.072)
+    error = MeasuredError(inputs="made up", n_chunks=1, joints_rad=far, grippers_m=None)
+    assert Budget(joints_rad=2e-3).use(error) == pytest.approx(3.6)
+    near = ChannelError(mean=1e-4, p50=1e-4, p99=1e-3, max=0.009)
+    error = MeasuredError(inputs="made up", n_chunks=1, joints_rad=near, grippers_m=None)
+    assert Budget(joints_rad=2e-3).use(error) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("bad", [{"joints_rad": 0.0}, {"joints_rad": math.nan}, {"grippers_m": -1}])
+def test_budget_that_is_no_limit_is_refused(bad):
+    with pytest.raises(SpecError, match="expected a positive number"):
+        Budget(**bad)
