@@ -60,7 +60,7 @@ class EpisodeResult:
         outcome: how it ended.
         time_s: until it ended, from the first observation.
         n_chunks: plans that were taken over.
-        limited_share: ticks in which the limiter changed the command.
+        limited_share: ticks in which the limiter changed or rejected the target.
         withheld_p50_rad: by how much it did, median over ticks of the largest joint difference.
         withheld_p99_rad: the same at the 99th percentile.
         tool_path_m: way of the tool.
@@ -252,7 +252,7 @@ class _Episode:
             self._plan(now_ns)
             target = self._schedule.sample(now_ns)
             command = self._limiter.step(target).copy()
-            self._n_limited += any(self._limiter.flags)
+            self._n_limited += any(self._limiter.flags) or self._limiter.rejected is not None
             self._withheld_rad.append(float(np.abs(target - command)[: piper_model.N_JOINTS].max()))
             self._commands.append(command)
             self._tool.append(world.tool_pose()[:3, 3].copy())

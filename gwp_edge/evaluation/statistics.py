@@ -37,7 +37,8 @@ def wilson_interval(n_success: float, n: float) -> tuple[float, float]:
     p, z2 = n_success / n, _Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = 0.0 if n_success == 0 else max(0.0, centre - half)
+    return low, 1.0 if n_success == n else min(1.0, centre + half)
 
 
 def agresti_min_interval(n_lost: float, n_won: float, n: float) -> tuple[float, float]:

@@ -223,6 +223,18 @@ class Blind(Oracle):
         )
 
 
+class Absurd(Oracle):
+    """Plans a hundred turns away."""
+
+    def predict(self, observation: Observation, **rest: object) -> Chunk:
+        return Chunk(
+            actions=np.full((48, 7), 600.0),
+            t_observed_ns=observation.t_observed_ns,
+            period_ns=self.spec.period_ns,
+            chunk_idx=0,
+        )
+
+
 @pytest.mark.sim
 class TestEpisodes:
     @pytest.fixture(autouse=True)
@@ -257,6 +269,16 @@ class TestEpisodes:
         assert result.outcome == "timeout"
         assert result.time_s == pytest.approx(TouchTask.time_limit_s, abs=0.01)
         assert result.limited_share == 0
+
+    def test_ticks_whose_target_is_rejected_count_as_limited(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An untrained network's plans were rejected for six seconds, and 2 % called limited."""
+        monkeypatch.setattr(TouchTask, "time_limit_s", 0.5)
+        result = self._run(Absurd(_spec(), "red_cube", 0), RED, 0)
+        assert result.outcome == "timeout"
+        assert result.limited_share > 0.5
+        assert result.withheld_p99_rad > 1.0
 
     def test_same_seed_gives_the_same_episode_and_the_same_noise(self) -> None:
         a, b = Oracle(_spec(), "red_cube", 4), Oracle(_spec(), "red_cube", 4)

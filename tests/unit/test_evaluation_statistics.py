@@ -21,6 +21,8 @@ def test_wilson_interval_equals_published_values() -> None:
     assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
     assert wilson_interval(50, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(0, 25)[0] == 0.0  # was 1.4e-17
+    assert wilson_interval(25, 25)[1] == 1.0
 
 
 def test_wilson_interval_of_impossible_counts_is_refused() -> None:
