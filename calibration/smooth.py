@@ -7,6 +7,11 @@ its own; :mod:`gwp_edge.export.folding` applies it without any work at run time.
 Where no channel stands out the same factors cost more than they gain, so each input gets the
 strength, or none, for which the rounding noise at the outputs is predicted to be least.
 
+The prediction is for even steps, those of int8. Steps of FP8 grow with the value, so that a large
+channel costs the others little until they fall below its smallest step: factors gain less there.
+One record serves every format, so whether a format is better off smoothed is not predicted but
+measured, when ranges are chosen (:mod:`gwp_edge.calibration.choice`).
+
 Source of the factors: Xiao et al., SmoothQuant, arXiv 2211.10438, equation 4.
 """
 

@@ -15,8 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 import gwp_edge
 from gwp_edge.bundle import Bundle
 from gwp_edge.calibration.applied_ranges import load_ranges
@@ -32,21 +30,18 @@ from gwp_edge.calibration.verify_frames import (
     choose_verification,
     judge_statistics,
 )
+from gwp_edge.calibration.verify_plots import plot_chunks, sensitivity_of
 from gwp_edge.calibration.verify_record import RecordView, view_bundle, view_record
 from gwp_edge.calibration.verify_schema import (
     Check,
     Comparison,
     Context,
-    PlotChunk,
-    Rows,
     SampleId,
-    Sensitivity,
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.spec import PolicySpec
-from gwp_edge.types import FloatArray
 
 if TYPE_CHECKING:
     from gwp_edge.calibration.verify_against import Against
@@ -54,7 +49,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_N_SAMPLES = 16
-_N_PLOTS = 4
 _LIBRARIES = ("numpy", "onnxruntime", "torch")
 _FLOAT32 = "float32 reference"
 _RECORDED = "recorded actions"
@@ -298,40 +292,8 @@ def _report(
         reference_open_loop=reference_open_loop,
         emulation=None if against is None else against.emulation,
         layers=() if against is None else against.layers,
-        sensitivity=_sensitivity(bundle),
+        sensitivity=sensitivity_of(bundle),
         ranges=record.ranges,
         settling=record.settling,
-        chunks=_plots(answers, None if against is None else against.actions),
+        chunks=plot_chunks(answers, None if against is None else against.actions),
     )
-
-
-def _sensitivity(bundle: Bundle) -> tuple[Sensitivity, ...]:
-    calibration = bundle.manifest.calibration
-    return tuple(
-        Sensitivity(name=cost.name, p99_rad=cost.joints_rad_p99, format=cost.format)
-        for cost in (calibration.sensitivity if calibration is not None else ())
-        if cost.joints_rad_p99 is not None
-    )
-
-
-def _plots(answers: Sequence[Answer], reference: list[FloatArray] | None) -> tuple[PlotChunk, ...]:
-    """Return the worst sample, then others spread over the rest."""
-    truth = reference if reference is not None else [a.recorded for a in answers]
-    worst = [float(np.abs(a.actions - t).max()) for a, t in zip(answers, truth, strict=True)]
-    order = sorted(range(len(answers)), key=lambda i: -worst[i])
-    picked = [order[i * len(order) // _N_PLOTS] for i in range(min(_N_PLOTS, len(order)))]
-    return tuple(
-        PlotChunk(
-            episode=answers[i].episode,
-            frame=answers[i].frame,
-            task=answers[i].prompt.task,
-            bundle=_rows(answers[i].actions),
-            reference=None if reference is None else _rows(reference[i]),
-            recorded=_rows(answers[i].recorded),
-        )
-        for i in dict.fromkeys(picked)
-    )
-
-
-def _rows(actions: FloatArray) -> Rows:
-    return tuple(tuple(round(float(v), 6) for v in row) for row in actions)
