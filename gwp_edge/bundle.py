@@ -122,7 +122,11 @@ class CurvePoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class CalibrationSample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One frame that ranges come from, by place and by the SHA-256 of its content."""
+    """One frame that ranges come from, by place and by content.
+
+    ``sha256`` is 32 digits of the SHA-256 of its motion, then 32 of that of its pictures; see
+    ``calibration/sampling.py``.
+    """
 
     dataset: str
     episode: int
