@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from gwp_edge.doctor.system import (
@@ -76,21 +78,29 @@ def check_tensorrt(system: System) -> list[CheckResult]:
     if numbers[0] != str(TENSORRT_MAJOR):
         wanted = f"{TENSORRT_MAJOR}.x"
         return failed(name, f"{facts.version}; expected {wanted}", f"install TensorRT {wanted}")
-    library = system.run("dpkg-query", "-W", "-f=${Version}", f"libnvinfer{TENSORRT_MAJOR}")
-    if library is None or library.exit_code != 0 or not library.stdout:
+    library = _library_version(system)
+    if library is None:
         return passed(name, f"{facts.version} (library not from a Debian package)")
     # Debian's version is 10.3.0.30-1+cuda12.5; the bindings say 10.3.0 or 10.3.0.30.
-    if library.stdout.split("-")[0].split(".")[:3] != numbers[:3]:
+    if library.split("-")[0].split(".")[:3] != numbers[:3]:
         return failed(
             name,
-            f"bindings {facts.version}, library {library.stdout}: they must match",
+            f"bindings {facts.version}, library {library}: they must match",
             "remove the pip package tensorrt from the venv, use the system's",
         )
-    return passed(name, f"{facts.version}, library {library.stdout}")
+    return passed(name, f"{facts.version}, library {library}")
+
+
+def _library_version(system: System) -> str | None:
+    """Return Debian's version of TensorRT's library, or None where it is from elsewhere."""
+    answer = system.run("dpkg-query", "-W", "-f=${Version}", f"libnvinfer{TENSORRT_MAJOR}")
+    if answer is None or answer.exit_code != 0 or not answer.stdout:
+        return None
+    return answer.stdout
 
 
 def check_pycuda(system: System) -> list[CheckResult]:
-    """PyCUDA: importable, a device answers, built for no newer CUDA than the driver has."""
+    """PyCUDA: importable, a device answers, of TensorRT's CUDA and none newer than the driver's."""
     name = "pycuda"
     if not has_nvidia_gpu(system):
         return skipped(name, "no NVIDIA GPU here")
@@ -103,6 +113,10 @@ def check_pycuda(system: System) -> list[CheckResult]:
         return failed(name, facts.error, fix)
     if len(facts.cuda) < 2 or len(facts.capability) != 2:
         return skipped(name, f"{facts.version} answered without CUDA version or capability")
+    tensorrt = re.search(r"\+cuda(\d+)\.(\d+)", _library_version(system) or "")
+    if tensorrt is not None and int(tensorrt[1]) != facts.cuda[0]:
+        found = f"CUDA {facts.cuda[0]}.{facts.cuda[1]}, TensorRT CUDA {tensorrt[1]}.{tensorrt[2]}"
+        return failed(name, f"PyCUDA is of {found}: one process cannot use both", fix)
     built = facts.cuda[0] * 1000 + facts.cuda[1] * 10  # as the driver counts: 12060 is 12.6
     detail = (
         f"{facts.version}, CUDA {facts.cuda[0]}.{facts.cuda[1]}, {facts.device}, "

@@ -449,6 +449,14 @@ def test_pycuda_built_for_newer_cuda_than_the_driver_is_reported(driver, status)
     assert engines.check_pycuda(system)[0].status == status
 
 
+def test_pycuda_of_another_cuda_than_tensorrt_fails():
+    facts = {"version": "2025.1", "cuda": [11, 8, 0], "driver": 12060, "capability": [8, 7]}
+    system = RecordedSystem("orin-nx-jetpack6-maxn", probes={"pycuda": facts})
+    (result,) = engines.check_pycuda(system)
+    assert result.status == "fail"
+    assert "CUDA 11.8, TensorRT CUDA 12." in result.detail
+
+
 def test_realtime_refusal_gives_the_line_for_limits():
     (result,) = machine.check_realtime(RecordedSystem("agx-orin-jetpack6-30w"))
     assert result.status == "warn"
