@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -131,12 +132,14 @@ def test_latents_that_do_not_fit_the_windows_are_refused(prepared: Any, tmp_path
 
 
 def test_every_stage_runs_and_says_what_was_run_and_refuses_other_data(
-    dataset: Path, tmp_path: Path
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import stages
     import train
 
     from gwp_edge.export.unreduced_serving import load_network
 
+    monkeypatch.setattr(stages, "train_vae", functools.partial(stages.train_vae, batch=2))
     few = ["--steps", "2", "--batch", "2", "--copies", "1", "--vae-steps", "12"]
     first, second = tmp_path / "video", tmp_path / "alone"
     train.main([str(first), str(dataset), *few])
