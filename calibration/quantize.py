@@ -6,31 +6,22 @@ ranges never saw.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import msgspec
-import torch
+from dataclasses import dataclass, replace
 
 from gwp_edge.bundle import Calibration, MeasuredError
 from gwp_edge.calibration.applied_ranges import AppliedRanges, applied_ranges
 from gwp_edge.calibration.choice import METHODS, choose_ranges, recipe_with_ranges
 from gwp_edge.calibration.collect import (
-    CollectOptions,
-    SampleSet,
-    collect,
     load_set,
-    quantizable_layers,
 )
 from gwp_edge.calibration.forward import Network, Progress
 from gwp_edge.calibration.judge import Judge, LayerSize, layer_sizes
-from gwp_edge.calibration.provenance import require_recorded
-from gwp_edge.calibration.record import CalibrationRecord, load_record, save_record
+from gwp_edge.calibration.obtain_record import as_recorded, check_unseen, obtain_record
+from gwp_edge.calibration.quantize_options import QuantizeOptions
+from gwp_edge.calibration.record import CalibrationRecord
 from gwp_edge.calibration.sensitivity import (
     MAX_OVER_P99,
     Budget,
@@ -41,7 +32,6 @@ from gwp_edge.calibration.sensitivity import (
     search,
 )
 from gwp_edge.calibration.summary import summarise
-from gwp_edge.calibration.thresholds import Method
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.export.folding import FoldedWeights
 from gwp_edge.export.ops import WeightSource
@@ -49,7 +39,6 @@ from gwp_edge.export.precision import (
     INT4_BLOCKS,
     QUANTIZED_FORMATS,
     STATIC_FORMATS,
-    Format,
     Recipe,
     make_recipe,
 )
@@ -60,43 +49,6 @@ from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.types import Float32Array
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """How to quantize.
-
-    Attributes:
-        precision: a quantized format.
-        target: device family; decides which formats are possible.
-        observer: how ranges are chosen from histograms; ``auto`` measures all.
-        percentile: for the percentile observer.
-        budget: largest allowed action error; None for no search.
-        recipe_file: layer patterns that replace the search.
-        record: calibration record: read where it exists, else written.
-        dataset: LeRobot dataset; ranges where there is no record, and held-out episodes.
-        collect: samples, seed, device.
-        fixed: which of ``collect`` were asked for by name; a record must have been made so.
-        rest: format of what is not quantized.
-        block: inputs that share a scale in w4.
-        allow_synthetic: take a dataset that is not recorded; the bundle then says so.
-        go_on: where the budget is not met, go on with the whole recipe all the same.
-    """
-
-    precision: Format
-    target: str = "cpu"
-    observer: Method | str = "auto"
-    percentile: float = 99.9
-    budget: Budget | None = field(default_factory=Budget)
-    recipe_file: Path | None = None
-    record: Path | None = None
-    dataset: Path | None = None
-    collect: CollectOptions = field(default_factory=CollectOptions)
-    fixed: frozenset[str] = frozenset()
-    rest: Format = "fp32"
-    block: int = 32
-    allow_synthetic: bool = False
-    go_on: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,34 +70,6 @@ class Quantized:
     calibration: Calibration | None
     ranges: AppliedRanges
     notes: tuple[str, ...]
-
-
-# Of the autoencoder both ends are read: another one has other values there.
-_VAE_TENSORS = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight")
-
-
-def fingerprint(network: Network) -> str:
-    """Return a hash of all that ranges follow from: weights, statistics and canvas.
-
-    Every weight of the layers counts: a merged adapter leaves biases and shapes as they were.
-    Prompts do not: the bundle may hold others than those that calibration saw.
-    """
-    spec = network.spec
-    sizes = msgspec.to_builtins(msgspec.structs.replace(spec.network, n_text_rows=1))
-    parts = [sizes, msgspec.to_builtins(spec.statistics), msgspec.to_builtins(spec.canvas)]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-
-    def add(tensor: torch.Tensor) -> None:
-        digest.update(str(tensor.dtype).encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-    for layer in quantizable_layers(network):
-        add(network.weights.load(f"{layer}.weight"))
-        add(network.weights.load(f"{layer}.bias"))
-    if network.vae is not None:
-        for name in _VAE_TENSORS:
-            add(network.vae_weights.load(name))
-    return digest.hexdigest()
 
 
 def quantize(
@@ -193,7 +117,7 @@ def quantize(
         dataset = None
         if options.dataset is not None:
             dataset = stack.enter_context(LeRobotDataset.open(options.dataset))
-        record = _record(network, dataset, options, known_prompts, notes, progress)
+        record = obtain_record(network, dataset, options, known_prompts, notes, progress)
         if record is None and any(base.of(layer) in STATIC_FORMATS for layer in sizes):
             raise SpecError(
                 f"--precision {options.precision} needs ranges: pass --calibration DATASET"
@@ -204,107 +128,14 @@ def quantize(
                 network,
                 dataset,
                 # The split is the record's: with another seed its samples would be judged on.
-                options.collect if record is None else _as_recorded(options.collect, record),
+                options.collect if record is None else as_recorded(options.collect, record),
                 held_out=True,
                 known_prompts=known_prompts,
                 progress=progress,
             )
-            _check_unseen(held_out, record)
+            check_unseen(held_out, record)
             judge = Judge(network, held_out, options.collect.device, dataset.name)
     return _decide(network, options, base, sizes, record, judge, notes, progress)
-
-
-def _record(
-    network: Network,
-    dataset: LeRobotDataset | None,
-    options: QuantizeOptions,
-    known_prompts: Mapping[str, Float32Array],
-    notes: list[str],
-    progress: Progress | None,
-) -> CalibrationRecord | None:
-    """Return the record that there is, or the one of a new calibration."""
-    if options.record is not None and options.record.exists():
-        record = load_record(options.record)
-        _check_record(network, record, options)
-        if record.is_synthetic and not options.allow_synthetic:
-            raise SpecError(
-                f"{options.record}: was made on synthetic data; calibrate on recorded episodes, or "
-                "pass --allow-synthetic and never run the bundle on a robot"
-            )
-    elif dataset is None:
-        return None
-    else:
-        verdict = require_recorded(dataset, allow_synthetic=options.allow_synthetic)
-        samples = load_set(
-            network,
-            dataset,
-            options.collect,
-            held_out=False,
-            known_prompts=known_prompts,
-            progress=progress,
-        )
-        record = collect(
-            network,
-            samples,
-            options.collect,
-            is_synthetic=verdict.is_synthetic,
-            provenance={
-                "dataset": dataset.name,
-                "dataset_sha256": dataset.fingerprint(),
-                "network": fingerprint(network),
-                "smoothing": options.collect.smoothing,
-            },
-            progress=progress,
-        )
-        if options.record is not None:
-            save_record(options.record, record)
-    if record.is_synthetic:
-        notes.append("calibrated on SYNTHETIC data: never run this bundle on a robot")
-    return record
-
-
-def _as_recorded(collect: CollectOptions, record: CalibrationRecord) -> CollectOptions:
-    return replace(collect, seed=int(record.provenance["seed"]))
-
-
-def _check_unseen(held_out: SampleSet, record: CalibrationRecord | None) -> None:
-    seen = {ref.sha256 for ref in record.samples} if record is not None else set()
-    known = [ref for ref in held_out.refs if ref.sha256 in seen]
-    if known:
-        raise SpecError(
-            f"{known[0].dataset}: episode {known[0].episode}, frame {known[0].frame} was seen by "
-            "calibration and cannot measure it; pass the dataset that the record was made from, "
-            "or calibrate again"
-        )
-
-
-def _check_record(network: Network, record: CalibrationRecord, options: QuantizeOptions) -> None:
-    given, path = record.provenance, options.record
-    if given.get("network") != fingerprint(network):
-        raise SpecError(
-            f"{path}: was made from other weights, statistics or cameras; calibrate again"
-        )
-    made_with = {
-        "samples": len(record.samples),
-        "seed": given.get("seed"),
-        "smoothing": given.get("smoothing"),
-    }
-    asked = {
-        "samples": options.collect.n_samples,
-        "seed": options.collect.seed,
-        "smoothing": options.collect.smoothing,
-    }
-    for name in sorted(options.fixed):
-        if made_with[name] != asked[name]:
-            raise SpecError(
-                f"{path}: was made with --{name} {made_with[name]}, not {asked[name]}; leave the "
-                "flag out, or calibrate again"
-            )
-    if list(given.get("timesteps", ())) != list(network.spec.sampler.timesteps):
-        raise SpecError(
-            f"{path}: was made for {given.get('n_steps')} denoising steps of another schedule; "
-            "calibrate again, or export with the same --steps"
-        )
 
 
 def _decide(
@@ -348,19 +179,18 @@ def _decide(
     if record is not None and choice is not None:
         searched = judge is not None and options.recipe_file is None
         summary = summarise(record, choice, recipe, found, options.budget if searched else None)
-        growing = sum(_is_growing(record, key) for key in recipe.thresholds)
-        if growing:
-            notes.append(
-                f"{growing} of {len(recipe.thresholds)} ranges still grew with more samples"
-            )
+    is_smoothed = choice is not None and choice.is_smoothed
+    # By the largest values, whatever the observer: what it clips is not what calibration missed.
+    ranges = applied_ranges(recipe, record, is_smoothed=is_smoothed)
+    growing = sum(found.is_growing for found in ranges.convergence.values())
+    if growing:
+        notes.append(f"{growing} of {len(ranges.convergence)} ranges still grew with more samples")
     return Quantized(
         recipe=recipe,
         weights=weights,
         error=error,
         calibration=summary,
-        ranges=applied_ranges(
-            recipe, record, is_smoothed=choice is not None and choice.is_smoothed
-        ),
+        ranges=ranges,
         notes=tuple(notes),
     )
 
@@ -378,10 +208,6 @@ def _require(
     if not options.go_on:
         raise BuildError(f"{message}; change it, allow more with --max-error, or --go-on")
     notes.append(f"{message}; exported all the same")
-
-
-def _is_growing(record: CalibrationRecord, key: str) -> bool:
-    return record.tensors[key].convergence("minmax").is_growing
 
 
 def _search(

@@ -22,7 +22,7 @@ from gwp_edge.calibration.sampling import SampleRef
 from gwp_edge.errors import SpecError
 from gwp_edge.types import Float32Array
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

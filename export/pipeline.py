@@ -26,7 +26,8 @@ from gwp_edge.bundle import (
 from gwp_edge.calibration.applied_ranges import RANGES_FILE, save_ranges
 from gwp_edge.calibration.collect import CollectOptions
 from gwp_edge.calibration.forward import Network, default_device
-from gwp_edge.calibration.quantize import QuantizeOptions, quantize
+from gwp_edge.calibration.quantize import quantize
+from gwp_edge.calibration.quantize_options import QuantizeOptions
 from gwp_edge.calibration.sensitivity import Budget
 from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
