@@ -7,7 +7,7 @@ is written, so that a graph of any size is built in little memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from gwp_edge.errors import BuildError
 from gwp_edge.export.ops import Order, WeightSource
 from gwp_edge.export.precision import Format, Recipe
 from gwp_edge.export.weight_bank import StoredTensor, WeightBank
+
+T = TypeVar("T")
 
 OPSET = 20
 IR_VERSION = 10
@@ -228,6 +230,10 @@ class GraphRecorder:
         )
         self._stored[name] = value
         return value
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return ``make()``, once for calls in a row with one key; see ``WeightBank.once``."""
+        return self._bank.once(key, make)
 
     def keep(
         self,

@@ -29,6 +29,7 @@ from gwp_edge.export.onnx_recorder import INT4_OPSET, GraphRecorder, shape_of
 from gwp_edge.export.ops import Order
 from gwp_edge.export.precision import STATIC_FORMATS, Format, input_name
 from gwp_edge.export.quantize import (
+    QuantizedWeight,
     activation_scale,
     bias_correction,
     pack_int4,
@@ -157,6 +158,18 @@ class QuantizedLinear:
         weight = self._graph.weights.load(f"{name}.weight").to(torch.float32)
         return (weight if order is None else weight[torch.from_numpy(order)]).t()
 
+    def _quantized(
+        self, name: str, fmt: Format, order: Order | None
+    ) -> tuple[torch.Tensor, QuantizedWeight]:
+        """Return a weight (in, out), and what its codes are."""
+
+        def make() -> tuple[torch.Tensor, QuantizedWeight]:
+            weight = self._load(name, order)
+            return weight, quantize_weight(weight, fmt, self._graph.recipe.block)
+
+        key = (name, fmt, None if order is None else order.tobytes())
+        return self._graph.once(key, make)
+
     def _announce(
         self, name: str, shape: tuple[int, int], fmt: Format, order: Order | None
     ) -> ir.Value:
@@ -169,10 +182,10 @@ class QuantizedLinear:
         stored_shape = ((math.prod(shape) + 1) // 2,) if is_packed else shape
 
         def scale() -> torch.Tensor:
-            return quantize_weight(self._load(name, order), fmt, block).scale
+            return self._quantized(name, fmt, order)[1].scale
 
         def codes() -> torch.Tensor:
-            found = quantize_weight(self._load(name, order), fmt, block).codes
+            found = self._quantized(name, fmt, order)[1].codes
             return pack_int4(found) if is_packed else found
 
         graph.keep(scale_name, torch.float32, scale_shape, scale)
@@ -189,10 +202,9 @@ class QuantizedLinear:
         given = torch.from_numpy(np.array(mean))
 
         def corrected() -> torch.Tensor:
-            weight = self._load(name, order)
+            weight, quantized = self._quantized(name, fmt, order)
             bias = graph.weights.load(f"{name}.bias").to(torch.float32)
             bias = bias if order is None else bias[torch.from_numpy(order)]
-            quantized = quantize_weight(weight, fmt, block)
             return bias + bias_correction(weight, quantized, given, block)
 
         graph.keep(label, torch.float32, shape, corrected)

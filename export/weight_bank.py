@@ -10,10 +10,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
 from gwp_edge.errors import BuildError
+
+T = TypeVar("T")
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -52,6 +55,18 @@ class WeightBank:
 
     def __init__(self) -> None:
         self._tensors: dict[str, StoredTensor] = {}
+        self._last: tuple[object, object] | None = None
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Return ``make()``, or what it returned where the call before had the same key.
+
+        Scales and biases of a quantized layer follow each other in the file, and each needs the
+        whole weight: it is read and rounded once for all of them.
+        """
+        if self._last is None or self._last[0] != key:
+            self._last = None  # two large weights would be in memory at a time
+            self._last = (key, make())
+        return cast("T", self._last[1])
 
     def add(self, tensor: StoredTensor) -> None:
         """Take ``tensor``; the same name again must mean the same tensor.
@@ -124,6 +139,7 @@ class WeightBank:
                 digest.update(data)
                 if progress is not None:
                     progress(tensor.n_bytes)
+            self._last = None
             file.flush()
             os.fsync(file.fileno())
         return digest.hexdigest()
