@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gwp_edge.spec import PolicySpec
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RobotRun:
     """What the command line asks of the robot; names as its options."""
