@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gwp_edge.realtime import ordinary_threads
+
 NAMES = ("arm_joint1.pos", "arm_joint2.pos", "arm_gripper.pos")
 
 
@@ -39,6 +41,8 @@ def write_video(path, pictures, fps, codec):
         if codec == "h264":
             stream.options = {"bf": "3", "preset": "veryfast", "crf": "10", "threads": "1"}
             stream.codec_context.max_b_frames = 3
+        with ordinary_threads():  # SVT-AV1 makes the whole process real-time, run as root
+            stream.codec_context.open()
         for i, image in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             frame.pts = i
