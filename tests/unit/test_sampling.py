@@ -269,9 +269,9 @@ def test_record_missing_damaged_or_foreign_is_refused(tmp_path):
     with pytest.raises(SpecError, match="not a readable calibration record"):
         load_record(path)
     save_file({"x": np.zeros(1)}, path)
-    with pytest.raises(SpecError, match="version 1, got None"):
+    with pytest.raises(SpecError, match="version 2, got None"):
         load_record(path)
-    header = {"version": "1", "tensors": {"t": {"n_bins": 300, "step": {}, "group": {}}}}
+    header = {"version": "2", "tensors": {"t": {"n_bins": 300, "step": {}, "group": {}}}}
     save_file({"x": np.zeros(1)}, path, metadata={"gwp-edge": json.dumps(header)})
     with pytest.raises(SpecError):
         load_record(path)
