@@ -106,6 +106,8 @@ class Supervisor:
                     f"{Mode(self._words[Word.MOTOR_MODE]).name.lower()}",
                 )
                 return False
+        # The last lines were written before the word that ended the wait, and may be unread still.
+        self._collect()
         names = {c.name for c in self._findings.checks}
         unknown = sorted(self._options.skip_checks - names)
         if unknown:

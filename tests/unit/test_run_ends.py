@@ -15,7 +15,7 @@ from run_rig import MOTOR, Run
 
 from gwp_edge import supervisor
 from gwp_edge.operator_input import Key, TerminalKeys
-from gwp_edge.status import Mode, PolicyPhase
+from gwp_edge.status import EventKind, Mode, PolicyPhase
 
 MAIN = """
 import sys
@@ -234,6 +234,23 @@ def test_space_before_the_start_waits_for_enter(a_run):
     assert state["n_ready"] >= 20
     assert state["modes"] <= {Mode.DISCONNECTED, Mode.CONNECTED}
     a_run.check_decelerated_and_holding()
+
+
+def test_check_that_fails_with_the_last_word_is_seen(a_run, monkeypatch):
+    """The line was written before the word that ended the wait, and once was read after it."""
+    is_ready = supervisor.Supervisor._is_ready
+
+    def ready_with_a_last_line(self):
+        ready = is_ready(self)
+        if ready:
+            self._board.events["policy"].say(EventKind.CHECK_FAILED, "late: it failed")
+        return ready
+
+    monkeypatch.setattr(supervisor.Supervisor, "_is_ready", ready_with_a_last_line)
+    summary = a_run.start()
+    assert (summary.outcome, summary.exit_code) == ("refused", 1)
+    assert "late: it failed" in summary.message
+    assert not a_run.log.with_name("commands.motor").exists()
 
 
 def test_check_to_skip_that_does_not_exist_is_refused(a_run):
