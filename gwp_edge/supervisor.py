@@ -108,6 +108,8 @@ class Supervisor:
                 return False
         # The last lines were written before the word that ended the wait, and may be unread still.
         self._collect()
+        if self._findings.ended:
+            return False  # what shows the run failed over them: nothing is powered
         names = {c.name for c in self._findings.checks}
         unknown = sorted(self._options.skip_checks - names)
         if unknown:
