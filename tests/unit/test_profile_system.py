@@ -349,18 +349,21 @@ def board():
 def test_noting_ticks_and_chunks_keeps_no_memory(board):
     note = noted(board)
     gc.collect()
+    grown, before = [], 0
     tracemalloc.start()
     try:
-        for _ in range(3000):  # until the interpreter's own stock of small objects is full
-            note()
-        before = tracemalloc.get_traced_memory()[0]
-        for _ in range(3000):
-            note()
-        grown = tracemalloc.get_traced_memory()[0] - before
+        for _ in range(6):
+            for _ in range(3000):
+                note()
+            now = tracemalloc.get_traced_memory()[0]
+            grown.append(now - before)
+            before = now
     finally:
         tracemalloc.stop()
+    # The whole process is counted: a single round may grow by what its other threads and the
+    # interpreter's stock of small objects take. What is kept grows in every round.
     # Less than one byte a note.
-    assert grown < 3000
+    assert sorted(grown[1:])[2] < 3000
 
 
 def test_noting_ticks_and_chunks_takes_no_lock_and_waits_for_nobody(board):
