@@ -8,6 +8,7 @@ hardware.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -123,8 +124,9 @@ class PiperArm:
         _each([(unit.poll, now_ns) for unit in self._units])
         position: list[float] = []
         velocity: list[float] = []
-        faults = [fault for u in self._units if (fault := u.feedback.fault(now_ns)) is not None]
-        cautions = [text for u in self._units if (text := u.feedback.caution) is not None]
+        faults: list[str] = []
+        cautions: list[str] = []
+        t_received_ns, enabled = now_ns, True
         for unit in self._units:
             feedback = unit.feedback
             if feedback.joint_rad is None or feedback.gripper_um is None:
@@ -132,12 +134,20 @@ class PiperArm:
             position += feedback.joint_rad
             position.append(feedback.gripper_um * 1e-6)
             velocity += feedback.velocity_rad_s
-            velocity.append(float("nan"))
+            velocity.append(math.nan)
+            if feedback.t_received_ns < t_received_ns:
+                t_received_ns = feedback.t_received_ns
+            if not unit.enabled():
+                enabled = False
+            if (fault := feedback.fault(now_ns)) is not None:
+                faults.append(fault)
+            if (caution := feedback.caution) is not None:
+                cautions.append(caution)
         return ArmState(
             position=_frozen(position),
             velocity=_frozen(velocity),
-            t_received_ns=min(u.feedback.t_received_ns for u in self._units),
-            enabled=all(u.enabled() for u in self._units),
+            t_received_ns=t_received_ns,
+            enabled=enabled,
             fault="; ".join(faults) or None,
             caution="; ".join(cautions) or None,
         )

@@ -76,7 +76,7 @@ _MDEG_PER_RAD = 180_000.0 / math.pi
 RAD_PER_MDEG = math.pi / 180_000.0
 UM_PER_M = 1e6
 
-_PAIR = Struct(">ii")
+_PAIR, _SIX = Struct(">ii"), Struct(">6i")
 _BYTES = Struct(">8B")
 _GRIPPER = Struct(">iHBB")
 _LIMIT = Struct(">BhhHx")
@@ -109,15 +109,18 @@ def _joint(number: int) -> int:
     return _within(number, 1, N_JOINTS, "joint number")
 
 
-def rad_to_mdeg(angle_rad: float) -> int:
-    """Return ``angle_rad`` in 0.001 degree, rounded to nearest (ties to even, so symmetric).
+def rad_to_mdeg(*angles_rad: float) -> list[int]:
+    """Return ``angles_rad`` in 0.001 degree, rounded to nearest (ties to even, so symmetric).
 
     Raises:
-        SafetyFault: not finite.
+        SafetyFault: one is not finite.
     """
-    if not math.isfinite(angle_rad):
-        raise SafetyFault(f"PiPER joint target is {angle_rad}, not a number; nothing was sent")
-    return round(angle_rad * _MDEG_PER_RAD)
+    try:
+        return [round(angle_rad * _MDEG_PER_RAD) for angle_rad in angles_rad]
+    except (ValueError, OverflowError):
+        raise SafetyFault(
+            f"PiPER joint targets are {angles_rad}, one is not a number; nothing was sent"
+        ) from None
 
 
 def mdeg_to_rad(angle_mdeg: int) -> float:
@@ -152,7 +155,11 @@ def encode_joints(joint_mdeg: Sequence[int]) -> tuple[Frame, Frame, Frame]:
     """
     if len(joint_mdeg) != N_JOINTS:
         raise SafetyFault(f"PiPER needs {N_JOINTS} joint targets, got {len(joint_mdeg)}")
-    a, b, c, d, e, f = joint_mdeg
+    try:
+        data = _SIX.pack(*joint_mdeg)
+        return (ID_JOINTS_12, data[:8]), (ID_JOINTS_34, data[8:16]), (ID_JOINTS_56, data[16:])
+    except StructError:  # one by one, so that the error names the frame
+        a, b, c, d, e, f = joint_mdeg
     return (
         _pack(_PAIR, ID_JOINTS_12, a, b),
         _pack(_PAIR, ID_JOINTS_34, c, d),

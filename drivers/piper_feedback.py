@@ -90,6 +90,8 @@ _GRIPPER_WORDS = {
 _GRIPPER_FAULT = 0b0011_1111
 _ENABLED = 0b0100_0000
 _FAST_JOINT = {can_id: j for j, can_id in enumerate(codec.ID_MOTOR_FAST)}
+_PART = {can_id: part for part, can_id in enumerate(codec.ID_JOINT_FEEDBACK)}
+_PAIR, _SIX = Struct(">ii"), Struct(">6i")
 _FAST = Struct(">hhi")
 _FAST_SPEEDS = Struct(">" + "h6x" * N)
 ALL_ENABLED = (1 << N) - 1
@@ -129,7 +131,7 @@ class PiperFeedback:
         self.joint_mdeg: list[int] = [0] * N
         self.t_pose_ns = 0
         self.n_poses = 0
-        self._part: list[tuple[int, int]] = [(0, 0)] * 3
+        self._part = [bytes(8)] * 3
         self._part_t_ns = [0, 0, 0]
         self._part_new = 0
         self.gripper_um: int | None = None
@@ -172,34 +174,33 @@ class PiperFeedback:
             frames: (identifier with error flag, data, receive time in ns).
         """
         # The hot loop of the driver: a dozen frames per tick and arm, half of them motor_fast.
-        unpack_of, joint_of = codec.DECODERS, _FAST_JOINT
+        unpack_of, joint_of, part_of, fast, n = codec.DECODERS, _FAST_JOINT, _PART, self._fast, 0
         for can_id, data, t_ns in frames:
-            self.n_frames += 1
+            n += 1
             if len(data) != 8:
                 self.n_bad += 1
-                continue
-            j = joint_of.get(can_id)
-            if j is not None:
-                self._fast[j] = data  # decoded when somebody asks
-                continue
-            unpack = unpack_of.get(can_id)
-            if unpack is None:
-                self._other(can_id, data)
+            elif can_id in joint_of:
+                fast[joint_of[can_id]] = data  # decoded when somebody asks
+            elif can_id in part_of:
+                self._take_joints(part_of[can_id], data, t_ns)
+            elif can_id in unpack_of:
+                self.take(can_id, unpack_of[can_id](data), t_ns)
             else:
-                self.take(can_id, unpack(data), t_ns)
+                self._other(can_id, data)
+        self.n_frames += n
 
     def take(self, can_id: int, fields: tuple[int, ...], t_ns: int) -> None:
         """Take the decoded ``fields`` of the feedback frame ``can_id``, received at ``t_ns``."""
-        if 0x2A5 <= can_id <= 0x2A7:
-            self._take_joints(can_id - 0x2A5, fields, t_ns)
-        elif can_id in _FAST_JOINT:
-            self._fast[_FAST_JOINT[can_id]] = _FAST.pack(*fields)
+        if can_id in _PART:
+            self._take_joints(_PART[can_id], _PAIR.pack(*fields), t_ns)
+        elif 0x261 <= can_id <= 0x266:
+            self._take_slow(can_id - 0x261, fields[3], t_ns)
         elif can_id == codec.ID_STATUS:
             self._take_status(fields, t_ns)
         elif can_id == codec.ID_GRIPPER_FEEDBACK:
             self._take_gripper(fields, t_ns)
-        elif 0x261 <= can_id <= 0x266:
-            self._take_slow(can_id - 0x261, fields[3], t_ns)
+        elif can_id in _FAST_JOINT:
+            self._fast[_FAST_JOINT[can_id]] = _FAST.pack(*fields)
         elif can_id == codec.ID_LIMIT and 1 <= fields[0] <= N:
             self.limits[fields[0] - 1] = (fields[1], fields[2], fields[3])
         elif can_id == codec.ID_ACCELERATION and 1 <= fields[0] <= N:
@@ -207,22 +208,23 @@ class PiperFeedback:
         elif can_id == codec.ID_GRIPPER_PARAMETER:
             self.gripper_parameter = fields
 
-    def _take_joints(self, part: int, fields: tuple[int, ...], t_ns: int) -> None:
-        a, b = fields
-        if not (-_WILD_MDEG <= a <= _WILD_MDEG and -_WILD_MDEG <= b <= _WILD_MDEG):
-            self.n_bad += 1
-            return
-        self._part[part] = (a, b)
+    def _take_joints(self, part: int, data: bytes, t_ns: int) -> None:
+        self._part[part] = data
         stamps = self._part_t_ns
         stamps[part] = t_ns
         self._part_new |= 1 << part
+        if self._part_new != 0b111:
+            return
         oldest = min(stamps)
-        if self._part_new != 0b111 or max(stamps) - oldest > POSE_WINDOW_NS:
+        if max(stamps) - oldest > POSE_WINDOW_NS:
             return
         self._part_new = 0
-        (j1, j2), (j3, j4), (j5, j6) = self._part
-        self.joint_mdeg = [j1, j2, j3, j4, j5, j6]
-        self.joint_rad = [angle * codec.RAD_PER_MDEG for angle in self.joint_mdeg]
+        angles = _SIX.unpack(b"".join(self._part))
+        if min(angles) < -_WILD_MDEG or max(angles) > _WILD_MDEG:
+            self.n_bad += 1
+            return
+        self.joint_mdeg = [*angles]
+        self.joint_rad = [angle * codec.RAD_PER_MDEG for angle in angles]
         self.t_pose_ns = oldest
         self.n_poses += 1
 
@@ -336,6 +338,12 @@ class PiperFeedback:
 
     def silence(self, now_ns: int) -> str | None:
         """Return what has been silent for too long at ``now_ns``, in words, or None."""
+        oldest_slow_ns = min(self.t_slow_ns)
+        if (
+            now_ns - min(self.t_pose_ns, self.t_gripper_ns, self.t_status_ns) <= SILENCE_NS
+            and now_ns - oldest_slow_ns <= SLOW_SILENCE_NS
+        ):
+            return None
         for what, t_ns in (
             ("joint angles", self.t_pose_ns),
             ("gripper", self.t_gripper_ns),
@@ -347,14 +355,11 @@ class PiperFeedback:
                     f"no {what} feedback for {age_ms} ms (expected every 5 ms): check the CAN "
                     "cable and the arm's power"
                 )
-        oldest_ns = min(self.t_slow_ns)
-        if now_ns - oldest_ns > SLOW_SILENCE_NS:
-            joint = self.t_slow_ns.index(oldest_ns) + 1
-            return (
-                f"joint {joint}: no driver feedback for {(now_ns - oldest_ns) // 1_000_000} ms "
-                "(expected every 25 ms): check the arm's inner cable"
-            )
-        return None
+        joint = self.t_slow_ns.index(oldest_slow_ns) + 1
+        return (
+            f"joint {joint}: no driver feedback for {(now_ns - oldest_slow_ns) // 1_000_000} ms "
+            "(expected every 25 ms): check the arm's inner cable"
+        )
 
     def fault(self, now_ns: int) -> str | None:
         """Return the most important fault at ``now_ns`` as one line for the operator, or None."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.piper_can import CanTransport, open_transport
@@ -33,8 +32,7 @@ RECEIVED_IDS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """One tick's targets, checked and packed.
 
     Attributes:

@@ -250,7 +250,7 @@ class PiperUnit:
         limits = self.limits
         if limits is None:
             raise DeviceError(f"{self.name} is not open: call open first")
-        joint_mdeg = [codec.rad_to_mdeg(q) for q in position[: codec.N_JOINTS]]
+        joint_mdeg = codec.rad_to_mdeg(*position[: codec.N_JOINTS])
         gripper_um = codec.m_to_um(position[codec.N_JOINTS])
         for i, (value, (low, high)) in enumerate(zip(position, self._accepted, strict=True)):
             if not low <= value <= high:

@@ -61,13 +61,14 @@ class _Batch:
                 header.control_length = control_bytes
         # The kernel writes into the headers; this is what they must be before each call.
         self._template = bytes(self.headers)
-        self._no_control = bytes(len(self.control))
+        self._control_bytes = control_bytes
         self.address = ctypes.addressof(self.headers)
 
-    def renew(self) -> None:
-        """Undo what the kernel wrote, so that no old stamp can pass for a new one."""
-        ctypes.memmove(self.address, self._template, len(self._template))
-        self.control[:] = self._no_control
+    def renew(self, n: int) -> None:
+        """Undo what the kernel wrote for ``n`` packets: no old stamp may pass for a new one."""
+        if self._control_bytes and n:
+            ctypes.memmove(self.address, self._template, n * ctypes.sizeof(_BatchHeader))
+            self.control[: n * self._control_bytes] = bytes(n * self._control_bytes)
 
 
 class SocketBatch:
@@ -110,6 +111,7 @@ class SocketBatch:
         self._out = _Batch(n_send, packet_bytes, 0)
         self._view = memoryview(self._in.data)
         self._control_view = memoryview(self._in.control)
+        self._n_last = 0
 
     def receive(self) -> tuple[memoryview, int]:
         """Return the waiting packets, at most ``n_receive``, and how many.
@@ -121,13 +123,17 @@ class SocketBatch:
             OSError: the call failed otherwise than by finding nothing.
             EOFError: the other side has closed.
         """
-        self._in.renew()
+        self._in.renew(self._n_last)
+        # What a failing call wrote is unknown.
+        self._n_last = self._n_receive
         n = self._recvmmsg(self._fd, self._in.address, self._n_receive, _MSG_DONTWAIT, None)
         if n < 0:
             number = ctypes.get_errno()
             if number in (errno.EAGAIN, errno.EINTR):
+                self._n_last = 0
                 return self._view[:0], 0
             raise OSError(number, os.strerror(number))
+        self._n_last = n
         if n and self._in.headers[n - 1].length == 0:
             while n and self._in.headers[n - 1].length == 0:
                 n -= 1

@@ -239,7 +239,7 @@ def measure_loop(
         busy_us=summary.busy_us or Distribution.of([]),
         n_chunks=summary.n_chunks,
         kill_to_hold_ms=Distribution.of(kills, 1e-6),
-        driver=measure_driver_cost(n_ticks=n),
+        driver=measure_driver_cost(n_ticks=n, priority=_PRIORITY if realtime else None),
     )
 
 

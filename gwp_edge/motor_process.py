@@ -16,7 +16,7 @@ from gwp_edge.motor import MotorLoop
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.preflight import check_arm
 from gwp_edge.protocols import Arm
-from gwp_edge.realtime import make_realtime
+from gwp_edge.realtime import SPIN_NS, make_realtime
 from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word
@@ -105,7 +105,7 @@ def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
 
 
 def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _Life) -> None:
-    words, clock = board.words, MonotonicClock()
+    words, clock = board.words, MonotonicClock(spin_ns=SPIN_NS)
     arm.open(enable=False)
     _say_check(board, check_arm(arm.state()))
     words[Word.MOTOR_MODE] = int(Mode.CONNECTED)

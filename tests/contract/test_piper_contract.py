@@ -262,7 +262,7 @@ def test_vendor_sdk_sees_our_driver_move_the_arm(channel, sdk):
         target = arm.state().position.copy()
         target[0], target[6] = 0.25, 0.04
         drive_to(arm, target)
-        expected = codec.rad_to_mdeg(0.25)
+        expected = codec.rad_to_mdeg(0.25)[0]
         wait_for(
             lambda: (
                 abs(sdk.GetArmJointMsgs().joint_state.joint_1 - expected) < 100

@@ -258,7 +258,7 @@ def test_parse_firmware_equals_sdk(before, major, minor, patch):
 
 @given(INT32)
 def test_angles_survive_the_round_trip_exactly(mdeg):
-    assert codec.rad_to_mdeg(codec.mdeg_to_rad(mdeg)) == mdeg
+    assert codec.rad_to_mdeg(codec.mdeg_to_rad(mdeg)) == [mdeg]
 
 
 @given(INT32)
@@ -268,8 +268,8 @@ def test_lengths_survive_the_round_trip_exactly(um):
 
 @given(st.floats(-7.0, 7.0))
 def test_rad_to_mdeg_is_odd_and_within_half_a_unit(angle_rad):
-    mdeg = codec.rad_to_mdeg(angle_rad)
-    assert codec.rad_to_mdeg(-angle_rad) == -mdeg
+    mdeg, opposite = codec.rad_to_mdeg(angle_rad, -angle_rad)
+    assert opposite == -mdeg
     assert abs(mdeg - math.degrees(angle_rad) * 1000) <= 0.5 + 1e-6
 
 

@@ -339,10 +339,11 @@ def test_old_parts_of_a_pose_are_not_completed_by_new_ones():
 def test_frames_of_wrong_length_or_wild_values_are_left_out(rig):
     before = rig.watch().position
     feedback = rig.arm.units[0].feedback
-    wild = codec.encode_joints([3_000_000] * 6)[0][1]
-    feedback.ingest(
-        [(0x2A5, bytes(7), 0), (0x2A5, wild, rig.clock.t_ns), (0x2A8, wild, rig.clock.t_ns)]
-    )
+    wild, *tame = (data for _, data in codec.encode_joints([0, -3_000_000, 0, 0, 0, 0]))
+    t_ns = rig.clock.t_ns
+    parts = zip(codec.ID_JOINT_FEEDBACK, (wild, *tame), strict=True)
+    feedback.ingest([(0x2A5, bytes(7), 0), *((i, data, t_ns) for i, data in parts)])
+    feedback.ingest([(0x2A8, wild[4:] * 2, t_ns)])
     assert feedback.n_bad == 3
     assert rig.watch().position == pytest.approx(before)
 

@@ -23,7 +23,7 @@ class Stream:
     def send(self, joints_rad, *, periods=1):
         self.t_ns += periods * PERIOD_NS
         self.witness.step(self.t_ns)
-        for can_id, data in codec.encode_joints([codec.rad_to_mdeg(q) for q in joints_rad]):
+        for can_id, data in codec.encode_joints(codec.rad_to_mdeg(*joints_rad)):
             self.witness.hear(can_id, data, self.t_ns)
 
     @property
