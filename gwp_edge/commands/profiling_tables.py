@@ -59,6 +59,7 @@ def _say_motor(report: ProfileReport) -> None:
             ("plan age", motor.chunk_age_ms),
             ("feedback age", motor.feedback_age_ms),
             ("motion after command", motor.command_to_motion_ms),
+            ("start from rest to motion", motor.start_to_motion_ms),
         )
         if s is not None
     ]

@@ -1,8 +1,8 @@
-"""How long the measured joints follow the commands, window by window."""
+"""When motion begins after a command, and how far the joints follow behind while they move."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,66 @@ _MIN_STATES: Final = 20
 _MAX_STATES: Final = 200
 # A lag whose fit is not clearly better than that of a joint that never moved says nothing.
 _MAX_ERROR: Final = 0.25
+# An arm that has stood for so long has settled; what then moves by more than twice as much as it
+# trembled, and by more than encoders count, moves.
+_STILL_NS: Final = 300_000_000
+_AWAIT_NS: Final = 1_000_000_000
+_STIRS: Final = 0.002
+_MIN_STILL_STATES: Final = 5
+
+
+class Start(NamedTuple):
+    """A motion that began from rest.
+
+    Attributes:
+        t_commanded_ns: the first command that left the old pose by more than the joints tremble.
+        t_moved_ns: the first feedback in which the joints had done so.
+    """
+
+    t_commanded_ns: int
+    t_moved_ns: int
+
+
+def starts_of(raw: Raw) -> list[Start]:
+    """Return every motion that began from rest, with the first feedback that shows it.
+
+    Both sides cross the same threshold, so a slow start is not taken for a late one. A start that
+    no feedback shows within a second is left out.
+    """
+    t_ns, wanted = raw.commands["t_ns"].astype(np.int64), raw.commands["position"]
+    changed = np.flatnonzero((np.diff(wanted, axis=0) != 0).any(axis=1)) + 1
+    if not changed.size:
+        return []
+    # The commands before each change were equal for so long.
+    rested = np.diff(t_ns[changed], prepend=t_ns[0]) >= _STILL_NS
+    found = [_start(raw, int(t_ns[i]), wanted[i - 1]) for i in changed[rested]]
+    return [start for start in found if start is not None]
+
+
+def start_to_motion(raws: list[Raw]) -> Summary | None:
+    """Return the time from command to motion of all starts from rest, ms; None without any."""
+    starts = [start for raw in raws for start in starts_of(raw)]
+    return Summary.of([(s.t_moved_ns - s.t_commanded_ns) / 1e6 for s in starts])
+
+
+def _start(raw: Raw, t_ns: int, rest: FloatArray) -> Start | None:
+    still = _within(raw.states, t_ns - _STILL_NS, t_ns)["position"]
+    if len(still) < _MIN_STILL_STATES:
+        return None
+    pose = still.mean(axis=0)
+    stirs = np.maximum(_STIRS, 2 * np.abs(still - pose).max(axis=0))
+    commands = _within(raw.commands, t_ns, t_ns + _AWAIT_NS)
+    told = np.abs(commands["position"] - rest) > stirs
+    if not told.any():
+        return None
+    # The channel that is told to move first, and its own answer: others may sag meanwhile.
+    channel = int(told[told.any(axis=1).argmax()].argmax())
+    t_commanded_ns = int(commands["t_ns"][told[:, channel].argmax()])
+    states = _within(raw.states, t_commanded_ns, t_commanded_ns + _AWAIT_NS)
+    moved = np.abs(states["position"][:, channel] - pose[channel]) > stirs[channel]
+    if not moved.any():
+        return None
+    return Start(t_commanded_ns, int(states["t_ns"][moved.argmax()]))
 
 
 def command_to_motion(raws: list[Raw], warmup_s: float) -> Summary | None:

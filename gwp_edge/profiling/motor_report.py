@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.profiling.chunks import MOVING, steady_window_ns
-from gwp_edge.profiling.motion import command_to_motion
+from gwp_edge.profiling.motion import command_to_motion, start_to_motion
 from gwp_edge.profiling.raw import LIMIT_FLAGS, Raw, Records
 from gwp_edge.profiling.schema import MotorReport, Summary
 from gwp_edge.spec import PolicySpec
@@ -68,6 +68,7 @@ def motor_report(
             if flag.name is not None
         },
         command_to_motion_ms=command_to_motion(raws, warmup_s),
+        start_to_motion_ms=start_to_motion(raws),
         series=_series(parts, raws, period_ms),
     )
 

@@ -14,7 +14,7 @@ from gwp_edge.profiling.columns import Chunks, Phase
 from gwp_edge.profiling.context import Context
 
 SCHEMA = "gwp-edge.profile"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Level = Literal["good", "warn", "bad"]
 
@@ -46,6 +46,8 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
         limited_ticks: ticks in which a limit acted, by kind.
         command_to_motion_ms: lag of the measured joints behind the commands in every second in
             which a joint moved, of all runs; None where nothing moved enough.
+        start_to_motion_ms: from the first command that leaves a pose at rest to the first feedback
+            that shows the motion, of every start; None where none was seen.
         series: [second, worst lateness, worst jitter], ms, over time.
     """
 
@@ -69,6 +71,7 @@ class MotorReport(_Struct, frozen=True, kw_only=True):
     used_up_ms: float
     limited_ticks: dict[str, int]
     command_to_motion_ms: Summary | None
+    start_to_motion_ms: Summary | None
     series: list[tuple[float, float, float]]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from gwp_edge.profiling.chunks import COLD, ChunkTable, chunk_table, moving
 from gwp_edge.profiling.columns import PREDICTION, SEGMENTS
 from gwp_edge.profiling.context import Context
+from gwp_edge.profiling.motion import starts_of
 from gwp_edge.profiling.raw import Raw, Records
 from gwp_edge.spec import PolicySpec
 
@@ -26,6 +27,7 @@ _THREADS: Final = {
     (_POLICY, 2): "stages",
     (_POLICY, _FRAMES): "frames",
     (_MOTOR, 1): "ticks",
+    (_MOTOR, 2): "starts from rest",
     (_SYSTEM, 1): "counters",
 }
 _PROCESSES: Final = {_POLICY: "policy process", _MOTOR: "motor process", _SYSTEM: "system"}
@@ -62,6 +64,16 @@ def to_trace(
         ends = int(table.t_adopted_ns[i]) >= first_tick_ns and table.t_sent_ns[i] > 0
         events += _chunk_events(table, i, lanes[i], ends=ends)
     events += _tick_events(ticks)
+    events += [
+        _slice(
+            "command to first motion",
+            _MOTOR,
+            2,
+            start.t_commanded_ns / 1e3,
+            (start.t_moved_ns - start.t_commanded_ns) / 1e3,
+        )
+        for start in starts_of(raw)
+    ]
     events += _system_events(raw)
     return {
         "traceEvents": events,

@@ -142,5 +142,23 @@ def moving_arm(lag_ms, *, n_s=6, late_lag_ms=None):
     return dataclasses.replace(raw, commands=commands, states=states)
 
 
+def arm_that_starts(lag_ms, *, rests_s=(0.5, 2.5), trembles=0.0005, n_s=4):
+    """An arm that rests, moves for half a second, rests and moves again, always so much late."""
+    raw = Story(n=n_s * 20).raw()
+    t_ns = T0 + np.arange(0, n_s * 1000, 5) * MS
+
+    def path(t_s):
+        return sum(0.2 * np.clip(t_s - rest, 0.0, 0.5) ** 2 for rest in rests_s)
+
+    commands = np.zeros(len(t_ns), raw.commands.dtype)
+    states = np.zeros(len(t_ns), raw.states.dtype)
+    commands["t_ns"] = states["t_ns"] = t_ns
+    t_s = (t_ns - T0) / 1e9
+    commands["position"][:, 1] = path(t_s)
+    states["position"][:, 1] = path(t_s - lag_ms / 1e3) + 0.01  # an arm that sags
+    states["position"] += trembles * np.sin(np.arange(len(t_ns)) * 2.1)[:, None]
+    return dataclasses.replace(raw, commands=commands, states=states)
+
+
 def verdict(report, topic):
     return next(v for v in report.verdicts if v.topic == topic)

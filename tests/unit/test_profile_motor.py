@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from profile_story import MS, SPEC, Story, moving_arm, report_of, verdict
+from profile_story import MS, SPEC, Story, arm_that_starts, moving_arm, report_of, verdict
 
 from gwp_edge.status import Mode, TickFlag
 
@@ -87,6 +87,29 @@ def test_report_arm_that_stands_has_no_lag():
     for records in (raw.commands, raw.states):
         records["position"] *= 0.001
     assert report_of([raw]).motor.command_to_motion_ms is None
+
+
+@pytest.mark.parametrize("lag_ms", [15, 60, 250])
+def test_report_stamps_the_first_feedback_that_shows_a_start(lag_ms):
+    found = report_of([arm_that_starts(lag_ms)]).motor.start_to_motion_ms
+    assert found.n == 2
+    # Trembling may bring the crossing forward or back by what the arm needs for twice of it.
+    assert found.p50 == pytest.approx(lag_ms, abs=30.0)
+    still = report_of([arm_that_starts(lag_ms, trembles=0.0)]).motor.start_to_motion_ms
+    assert still.n == 2
+    assert lag_ms <= still.p50 <= still.max <= lag_ms + 5.0  # a state every 5 ms
+
+
+def test_report_start_that_no_feedback_shows_has_no_stamp():
+    raw = arm_that_starts(40)
+    raw.states["position"][:, 1] = 0.01
+    assert report_of([raw]).motor.start_to_motion_ms is None
+    raw.states["position"][:, 2] = (raw.states["t_ns"] - raw.states["t_ns"][0]) / 1e10  # sags
+    assert report_of([raw]).motor.start_to_motion_ms is None
+
+
+def test_report_arm_in_motion_all_the_time_has_no_start():
+    assert report_of([moving_arm(80)]).motor.start_to_motion_ms is None
 
 
 def test_report_counts_limits_missing_sends_and_used_up_plans():
