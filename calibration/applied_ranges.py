@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from gwp_edge.bundle import Bundle, Precision
+from gwp_edge.bundle import Bundle
 from gwp_edge.calibration.collect import SMOOTHED
 from gwp_edge.calibration.observers import Convergence
 from gwp_edge.calibration.record import CalibrationRecord
 from gwp_edge.calibration.thresholds import Method
 from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import FLOAT_FORMATS, PRECISIONS, Format, Recipe, make_recipe
+from gwp_edge.manifest import Precision
 from gwp_edge.types import Float32Array
 
 RANGES_FILE = "ranges.safetensors"

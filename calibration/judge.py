@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gwp_edge.bundle import MeasuredError
 from gwp_edge.calibration.collect import SampleSet, quantizable_layers
 from gwp_edge.calibration.forward import BatchRunner, Network
 from gwp_edge.errors import BuildError
@@ -15,6 +14,7 @@ from gwp_edge.export.graphs import denoise_graph, prefill_graph
 from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.precision import Recipe, make_recipe
 from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.manifest import MeasuredError
 from gwp_edge.types import FloatArray
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from gwp_edge.bundle import Calibration, MeasuredError
 from gwp_edge.calibration.applied_ranges import AppliedRanges, applied_ranges
 from gwp_edge.calibration.choice import METHODS, choose_ranges, recipe_with_ranges
 from gwp_edge.calibration.collect import (
@@ -46,6 +45,7 @@ from gwp_edge.export.quantized_linear import weight_bytes
 from gwp_edge.export.recipe_file import read_recipe
 from gwp_edge.export.targets import check_target_precision
 from gwp_edge.lerobot.dataset import LeRobotDataset
+from gwp_edge.manifest import Calibration, MeasuredError
 from gwp_edge.types import Float32Array
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gwp_edge.bundle import MeasuredError
 from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import Format, Recipe
+from gwp_edge.manifest import MeasuredError
 
 MAX_UNITS = 64
 MAX_OVER_P99 = 10.0

@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 
-from gwp_edge.bundle import Calibration, CalibrationSample, CurvePoint, MeasuredError, UnitCost
 from gwp_edge.calibration.choice import Choice
 from gwp_edge.calibration.record import CalibrationRecord, record_bytes
 from gwp_edge.calibration.sensitivity import Budget, SearchResult
 from gwp_edge.export.precision import Recipe
+from gwp_edge.manifest import Calibration, CalibrationSample, CurvePoint, MeasuredError, UnitCost
 
 
 def summarise(

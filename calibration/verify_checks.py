@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gwp_edge.bundle import ChannelError, MeasuredError
 from gwp_edge.calibration.verify_schema import Check, Comparison
 from gwp_edge.errors import SpecError
+from gwp_edge.manifest import ChannelError, MeasuredError
 
 DEFAULT_FACTOR = 4.0
 # Engines add up in other orders than torch does; the project promises parity to this, rad and m.

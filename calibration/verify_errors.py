@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.bundle import ChannelError
 from gwp_edge.calibration.verify_schema import (
     ChannelReport,
     Comparison,
@@ -17,6 +16,7 @@ from gwp_edge.calibration.verify_schema import (
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.export.errors_measured import measure_error
+from gwp_edge.manifest import ChannelError
 from gwp_edge.spec import Channel, PolicySpec, Unit
 from gwp_edge.types import FloatArray
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gwp_edge.bundle import ChannelError, MeasuredError
+from gwp_edge.manifest import ChannelError, MeasuredError
 from gwp_edge.spec import Unit
 
 SCHEMA = "gwp-edge.verify"

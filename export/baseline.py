@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from gwp_edge.bench import ChunkInput, EagerReport, Times
-from gwp_edge.bundle import MANIFEST, Bundle
+from gwp_edge.bundle import Bundle
 from gwp_edge.errors import SpecError
 from gwp_edge.export.pipeline import ExportOptions, export_bundle
 from gwp_edge.export.prompts import read_prompt_embedding
 from gwp_edge.export.synthetic import SIZES, checkpoint_bytes, write_checkpoint
 from gwp_edge.export.unreduced import UnreducedNetwork
 from gwp_edge.export.unreduced_serving import WanVae, load_network, load_vae, pad_prompt
+from gwp_edge.manifest import MANIFEST
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array
 

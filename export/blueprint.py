@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 
 import gwp_edge
-from gwp_edge.bundle import (
+from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.export.accounting import Shape, expected_tensors
+from gwp_edge.export.graphs import Graph, denoise_graph, prefill_graph, vision_graph
+from gwp_edge.export.layout import find_layout
+from gwp_edge.export.precision import Format, Recipe, cache_format, make_recipe
+from gwp_edge.export.sizes import NetworkSizes
+from gwp_edge.export.synthetic import SIZES, Vae, vae_config, vae_shapes
+from gwp_edge.export.vision_encoder import VaeConfig
+from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.manifest import (
     SCHEMA,
     SCHEMA_VERSION,
     Golden,
@@ -23,15 +32,6 @@ from gwp_edge.bundle import (
     Precision,
     Provenance,
 )
-from gwp_edge.errors import BuildError, SpecError
-from gwp_edge.export.accounting import Shape, expected_tensors
-from gwp_edge.export.graphs import Graph, denoise_graph, prefill_graph, vision_graph
-from gwp_edge.export.layout import find_layout
-from gwp_edge.export.precision import Format, Recipe, cache_format, make_recipe
-from gwp_edge.export.sizes import NetworkSizes
-from gwp_edge.export.synthetic import SIZES, Vae, vae_config, vae_shapes
-from gwp_edge.export.vision_encoder import VaeConfig
-from gwp_edge.export.weight_bank import WeightBank
 from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import PolicySpec, Statistics
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gwp_edge.bundle import ChannelError, MeasuredError
+from gwp_edge.manifest import ChannelError, MeasuredError
 from gwp_edge.spec import Channel, Unit
 from gwp_edge.types import FloatArray
 

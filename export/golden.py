@@ -9,12 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gwp_edge.bundle import (
-    Bundle,
-    Golden,
-    Manifest,
-    MeasuredError,
-)
+from gwp_edge.bundle import Bundle
 from gwp_edge.errors import BuildError
 from gwp_edge.export.errors_measured import measure_error
 from gwp_edge.export.inputs import ExportOptions, Inputs, Progress
@@ -25,6 +20,7 @@ from gwp_edge.export.precision import (
 from gwp_edge.export.prompt_cache import prompt_cache
 from gwp_edge.export.reference import ChunkInput, ChunkOutput, Reference, golden_input
 from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.manifest import Golden, Manifest, MeasuredError
 from gwp_edge.policy import BundlePolicy
 
 GOLDEN_FILE = "golden.safetensors"

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from gwp_edge.bundle import Stage
 from gwp_edge.export import tables
 from gwp_edge.export.network import ActionPath, KeyValue, Stream, action_stream, streams
 from gwp_edge.export.onnx_ops import LayerCost, OnnxOps
@@ -32,6 +31,7 @@ from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.precision import Format, Recipe, cache_format
 from gwp_edge.export.vision_encoder import VaeConfig, VisionEncoder
 from gwp_edge.export.weight_bank import StoredTensor, WeightBank
+from gwp_edge.manifest import Stage
 from gwp_edge.spec import PolicySpec
 
 WEIGHTS_FILE = "weights.safetensors"

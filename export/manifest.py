@@ -10,7 +10,14 @@ import onnx_ir as ir
 import torch
 
 import gwp_edge
-from gwp_edge.bundle import (
+from gwp_edge.bundle import hash_file
+from gwp_edge.calibration.applied_ranges import RANGES_FILE
+from gwp_edge.export.graphs import WEIGHTS_FILE, Graph
+from gwp_edge.export.inputs import Inputs, Progress, bytes_progress
+from gwp_edge.export.precision import (
+    cache_format,
+)
+from gwp_edge.manifest import (
     SCHEMA,
     SCHEMA_VERSION,
     FileEntry,
@@ -22,13 +29,6 @@ from gwp_edge.bundle import (
     Precision,
     Provenance,
     bundle_id,
-    hash_file,
-)
-from gwp_edge.calibration.applied_ranges import RANGES_FILE
-from gwp_edge.export.graphs import WEIGHTS_FILE, Graph
-from gwp_edge.export.inputs import Inputs, Progress, bytes_progress
-from gwp_edge.export.precision import (
-    cache_format,
 )
 
 TABLES_FILE = "tables.safetensors"

@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from gwp_edge.bundle import MANIFEST
 from gwp_edge.errors import SpecError
+from gwp_edge.manifest import MANIFEST
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -18,11 +18,7 @@ import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
 
-from gwp_edge.bundle import (
-    MANIFEST,
-    Bundle,
-    Manifest,
-)
+from gwp_edge.bundle import Bundle
 from gwp_edge.calibration.applied_ranges import RANGES_FILE, save_ranges
 from gwp_edge.calibration.collect import CollectOptions
 from gwp_edge.calibration.forward import Network, default_device
@@ -51,6 +47,7 @@ from gwp_edge.export.prompt_cache import prompt_cache
 from gwp_edge.export.targets import check_target_precision, find_target, rest_format
 from gwp_edge.export.trt_lint import require_clean
 from gwp_edge.export.weight_bank import WeightBank
+from gwp_edge.manifest import MANIFEST, Manifest
 
 __all__ = ["ExportOptions", "ExportResult", "export_bundle"]
 

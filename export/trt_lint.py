@@ -17,10 +17,11 @@ import msgspec
 import onnx
 from google.protobuf.message import DecodeError
 
-from gwp_edge.bundle import STAGES, Bundle
+from gwp_edge.bundle import Bundle
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.export.trt_lint_graph import FLOATS, LintGraph, Problems, Severity
 from gwp_edge.export.trt_lint_qdq import PRODUCTS, product_rules, quantization_rules
+from gwp_edge.manifest import STAGES
 
 RELEASES: Final = ("10.3", "10.13", "10.16")
 # A protobuf message cannot exceed this; weights are external, so that it never comes near.

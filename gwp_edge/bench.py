@@ -14,9 +14,9 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from gwp_edge.bundle import STAGES, Manifest, Stage
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import Limits
+from gwp_edge.manifest import STAGES, Manifest, Stage
 from gwp_edge.profiling.blocks import Roofline, RooflineStage, StageReport, Summary, Times
 from gwp_edge.profiling.columns import Chunks, Phase
 from gwp_edge.profiling.context import Context

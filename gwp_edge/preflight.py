@@ -12,8 +12,8 @@ from typing import Final
 
 import numpy as np
 
-from gwp_edge.bundle import read_manifest
 from gwp_edge.errors import GwpError
+from gwp_edge.manifest import read_manifest
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.protocols import Policy
 from gwp_edge.spec import PolicySpec

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gwp_edge.bundle import Calibration
 from gwp_edge.console import say, say_table
+from gwp_edge.manifest import Calibration
 
 _N_PARTS = 16
 

@@ -14,7 +14,8 @@ from gwp_edge.console import progress_bars, raise_on_signals, remark, say, say_j
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
-    from gwp_edge.bundle import Bundle, ChannelError
+    from gwp_edge.bundle import Bundle
+    from gwp_edge.manifest import ChannelError
 
 _TIMESTEPS = ("bfloat16", "exact")
 _CHECKS = ("auto", "always", "never")

@@ -47,7 +47,7 @@ def infer(
     """
     import numpy as np
 
-    from gwp_edge.bundle import read_spec
+    from gwp_edge.manifest import read_spec
     from gwp_edge.observation_file import load_noise, load_observation
     from gwp_edge.policy import load
 

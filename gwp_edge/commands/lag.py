@@ -34,8 +34,8 @@ def lag(
 
     Example: gwp-edge lag policy.gwp --robot piper --channel left_joint_1 --yes
     """
-    from gwp_edge.bundle import read_spec
     from gwp_edge.lag import LagOptions, measure_lag
+    from gwp_edge.manifest import read_spec
     from gwp_edge.robots import create_arm, create_world, intersect_limits, load_robot
 
     spec = read_spec(bundle)

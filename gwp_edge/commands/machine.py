@@ -61,8 +61,8 @@ def _of_a_run(
 ) -> list[CheckResult]:
     import time
 
-    from gwp_edge.bundle import read_spec
     from gwp_edge.doctor.bundle import check_bundle, check_robot
+    from gwp_edge.manifest import read_spec
 
     results: list[CheckResult] = []
     spec = None

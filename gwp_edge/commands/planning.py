@@ -16,7 +16,8 @@ from gwp_edge.errors import BuildError, PerformanceIssue, SpecError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from gwp_edge.bundle import Bundle, Manifest
+    from gwp_edge.bundle import Bundle
+    from gwp_edge.manifest import Manifest
     from gwp_edge.planning import Device
 
     Progress = Callable[[str, int, int], None]

@@ -122,7 +122,7 @@ def profile(
 
     Example: gwp-edge profile policy.gwp --robot sim --duration 30 --html profile.html
     """
-    from gwp_edge.bundle import read_spec
+    from gwp_edge.manifest import read_spec
     from gwp_edge.profiling.disturb import parse_disturbances
     from gwp_edge.profiling.run import ProfileOptions
 

@@ -83,8 +83,8 @@ def run(
 
     Example: gwp-edge run policy.gwp --robot sim --duration 10
     """
-    from gwp_edge.bundle import read_spec
     from gwp_edge.chunking import Guidance
+    from gwp_edge.manifest import read_spec
     from gwp_edge.motor import MotorOptions
     from gwp_edge.policy_process import PolicyOptions
     from gwp_edge.robots import load_robot

@@ -19,10 +19,10 @@ from gwp_edge.console import EXIT_FAILED, progress_bars, remark, say, say_table,
 from gwp_edge.errors import BuildError, SpecError
 
 if TYPE_CHECKING:
-    from gwp_edge.bundle import ChannelError, MeasuredError
     from gwp_edge.calibration.verify import VerifyOptions
     from gwp_edge.calibration.verify_reference import ReferenceOptions
     from gwp_edge.calibration.verify_schema import Comparison, VerifyReport
+    from gwp_edge.manifest import ChannelError, MeasuredError
 
 _N_LAYERS_SHOWN = 12
 

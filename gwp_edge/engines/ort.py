@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gwp_edge.bundle import STAGES, Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.errors import DeviceError, PerformanceIssue, SpecError
+from gwp_edge.manifest import STAGES, Stage
 from gwp_edge.types import Float32Array, ImageArray
 
 Provider = Literal["cpu", "cuda"]

@@ -16,10 +16,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.bundle import Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.engines.trt_debug import run_debug
 from gwp_edge.engines.trt_reference import Reference, layer_tensors, stage_inputs
 from gwp_edge.errors import GwpError
+from gwp_edge.manifest import Stage
 from gwp_edge.types import Float32Array
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from gwp_edge.bundle import STAGES, Bundle, Stage, hash_file
+from gwp_edge.bundle import Bundle, hash_file
 from gwp_edge.engines.trt_cache import (
     building,
     engine_file,
@@ -45,6 +45,7 @@ from gwp_edge.engines.trt_record import (
 from gwp_edge.engines.trt_serialize import Written, write_engine
 from gwp_edge.engines.trt_timing import judge_build
 from gwp_edge.errors import BuildError
+from gwp_edge.manifest import STAGES, Stage
 from gwp_edge.planning.memory import check_free, disk_swap_bytes, memory_plan
 
 Progress = Callable[[str, int, int], None]

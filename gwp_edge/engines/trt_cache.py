@@ -18,10 +18,11 @@ from typing import Final
 
 import msgspec
 
-from gwp_edge.bundle import STAGES, Bundle, Stage, hash_file
+from gwp_edge.bundle import Bundle, hash_file
 from gwp_edge.engines.trt_proof import Proof
 from gwp_edge.engines.trt_record import EngineKey, EngineRecord, read_record
 from gwp_edge.errors import BuildError, PerformanceIssue
+from gwp_edge.manifest import STAGES, Stage
 
 _UNFINISHED: Final = ".building-"
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from gwp_edge.bundle import Manifest
 from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.manifest import Manifest
 
 if TYPE_CHECKING:
     from gwp_edge.types import FloatArray

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from gwp_edge.bundle import Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.engines.trt import TrtEngine
 from gwp_edge.engines.trt_blame import BuildDebug, Seen, blame
 from gwp_edge.engines.trt_gates import judge_golden, judge_replay
 from gwp_edge.engines.trt_timing import by_stage
 from gwp_edge.errors import BuildError, DeviceError
+from gwp_edge.manifest import Stage
 from gwp_edge.policy import BundlePolicy
 from gwp_edge.types import FloatArray
 

@@ -16,8 +16,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from gwp_edge.bundle import Layer, Stage
 from gwp_edge.errors import BuildError
+from gwp_edge.manifest import Layer, Stage
 
 Outcome = Literal["as asked", "fell back", "not shown"]
 QUANTIZED: Final = frozenset({"int8", "fp8", "w8", "w4"})

@@ -13,11 +13,12 @@ from typing import Final
 
 import msgspec
 
-from gwp_edge.bundle import STAGES, Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.engines.trt_device import DeviceFacts
 from gwp_edge.engines.trt_proof import Proof
 from gwp_edge.engines.trt_timing import StageTiming
 from gwp_edge.errors import BuildError, SpecError
+from gwp_edge.manifest import STAGES, Stage
 
 SCHEMA: Final = "gwp-edge.engines"
 SCHEMA_VERSION: Final = 2

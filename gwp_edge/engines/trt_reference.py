@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from gwp_edge.bundle import Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.errors import DeviceError
+from gwp_edge.manifest import Stage
 from gwp_edge.planning.memory import available_bytes, check_free
 from gwp_edge.preprocess import normalise_state
 

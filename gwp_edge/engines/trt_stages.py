@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from gwp_edge.bundle import STAGES, Bundle, Stage
+from gwp_edge.bundle import Bundle
 from gwp_edge.engines.trt_buffers import Buffers, dtype_of
 from gwp_edge.engines.trt_cache import engine_file
 from gwp_edge.engines.trt_device import cuda_errors, last_error, require_tensorrt, shared_logger
 from gwp_edge.errors import BuildError, DeviceError, SpecError
+from gwp_edge.manifest import STAGES, Stage
 from gwp_edge.types import Float32Array
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from gwp_edge.bundle import STAGES, Manifest, Stage
 from gwp_edge.engines.trt_device import DeviceFacts
+from gwp_edge.manifest import STAGES, Manifest, Stage
 from gwp_edge.planning.devices import matching_devices
 from gwp_edge.planning.latency import Verdict, estimate, judge_measured
 from gwp_edge.planning.workload import workload

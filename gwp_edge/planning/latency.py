@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gwp_edge.bundle import Stage
 from gwp_edge.errors import PerformanceIssue, SpecError
+from gwp_edge.manifest import Stage
 from gwp_edge.planning.devices import Device
 from gwp_edge.planning.workload import LayerWork, StageWork
 

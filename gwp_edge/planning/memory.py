@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from gwp_edge.bundle import Manifest, Stage
 from gwp_edge.errors import BuildError, DeviceError
+from gwp_edge.manifest import Manifest, Stage
 from gwp_edge.planning.devices import Device
 from gwp_edge.planning.workload import StageWork, cache_bytes, workload
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gwp_edge.bundle import STAGES, Layer, Manifest, Stage
 from gwp_edge.errors import SpecError
+from gwp_edge.manifest import STAGES, Layer, Manifest, Stage
 from gwp_edge.spec import PolicySpec
 
 Unit = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gwp_edge.bundle import Manifest
 from gwp_edge.machine_limits import Limits
+from gwp_edge.manifest import Manifest
 from gwp_edge.profiling import verdicts
 from gwp_edge.profiling.cameras import camera_reports, transports
 from gwp_edge.profiling.chunks import (

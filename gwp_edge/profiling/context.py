@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from gwp_edge.bundle import Manifest
 from gwp_edge.doctor.power import check_power_mode
 from gwp_edge.doctor.system import LocalSystem
 from gwp_edge.machine_limits import Machine
+from gwp_edge.manifest import Manifest
 from gwp_edge.spec import PolicySpec
 
 _SYNCHRONISED = {

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 
 from gwp_edge.bench import against_roof, judge, stage_costs
-from gwp_edge.bundle import STAGES, Manifest
 from gwp_edge.machine_limits import Limits, Machine, measure_limits
+from gwp_edge.manifest import STAGES, Manifest
 from gwp_edge.profiling.chunks import ChunkTable
 from gwp_edge.profiling.schema import Roofline, RooflineStage
 from gwp_edge.types import FloatArray

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gwp_edge.bundle import Manifest, read_manifest
 from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.machine_limits import Limits, Machine, describe_machine
+from gwp_edge.manifest import Manifest, read_manifest
 from gwp_edge.profiling.build import build_report
 from gwp_edge.profiling.collect import Listener, Together, collect_engine
 from gwp_edge.profiling.context import make_context

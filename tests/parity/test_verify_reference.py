@@ -19,13 +19,13 @@ pytest.importorskip("av")
 
 from safetensors.torch import load_file, save_file
 
-from gwp_edge.bundle import MANIFEST, ChannelError
 from gwp_edge.calibration.verify import VerifyOptions, verify_bundle
 from gwp_edge.calibration.verify_checks import PARITY, Limits
 from gwp_edge.calibration.verify_engine import EngineChoice
 from gwp_edge.calibration.verify_reference import ReferenceOptions
 from gwp_edge.errors import BuildError, SpecError
 from gwp_edge.export.layout import LAYOUTS
+from gwp_edge.manifest import MANIFEST, ChannelError
 
 pytestmark = pytest.mark.export
 

@@ -274,7 +274,7 @@ def test_command_without_a_bundle_asks_for_one(session):
 @pytest.mark.export
 def test_bundle_replays_itself_and_not_another_seed_of_weights(exported, tmp_path):
     """The whole way: a real bundle on the engine, recorded in a run, replayed by the command."""
-    from gwp_edge.bundle import read_spec
+    from gwp_edge.manifest import read_spec
 
     bundle = exported("gwp05")
     spec = read_spec(bundle)

@@ -31,7 +31,9 @@ from gwp_edge.bench import (
     time_engine,
 )
 from gwp_edge.budgets import check_budgets, read_budgets
-from gwp_edge.bundle import (
+from gwp_edge.errors import SpecError
+from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
+from gwp_edge.manifest import (
     FileEntry,
     Golden,
     GraphSet,
@@ -41,8 +43,6 @@ from gwp_edge.bundle import (
     Precision,
     Provenance,
 )
-from gwp_edge.errors import SpecError
-from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
 from gwp_edge.product_models import float_product, integer_product
 from gwp_edge.profiling.columns import Chunks
 from gwp_edge.profiling.compare import (

@@ -116,7 +116,8 @@ def test_load_with_another_golden_output_is_refused(bundle):
     from safetensors.numpy import load_file, save_file
 
     import gwp_edge
-    from gwp_edge.bundle import Manifest, bundle_id, hash_file
+    from gwp_edge.bundle import hash_file
+    from gwp_edge.manifest import Manifest, bundle_id
 
     path = bundle / "golden.safetensors"
     arrays = load_file(path)

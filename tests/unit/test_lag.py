@@ -115,7 +115,7 @@ def test_sine_out_of_range_is_refused(bad):
 
 
 def test_real_arm_is_not_moved_without_yes(monkeypatch, tmp_path):
-    monkeypatch.setattr("gwp_edge.bundle.read_spec", lambda _: SPEC)
+    monkeypatch.setattr("gwp_edge.manifest.read_spec", lambda _: SPEC)
     with pytest.raises(SpecError, match="add --yes"):
         lag_command.lag(tmp_path, robot="piper")
 

@@ -7,9 +7,9 @@ import math
 import msgspec
 import pytest
 
-from gwp_edge.bundle import STAGES
 from gwp_edge.errors import BuildError, DeviceError, PerformanceIssue, SpecError
 from gwp_edge.machine_limits import GemmRate, Limits
+from gwp_edge.manifest import STAGES
 from gwp_edge.planning import Device, device_names, estimate, find_device, memory_plan, workload
 from gwp_edge.planning.devices import this_processor
 from gwp_edge.planning.latency import (

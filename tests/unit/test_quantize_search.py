@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-from gwp_edge.bundle import ChannelError, MeasuredError
 from gwp_edge.calibration.sensitivity import (
     MAX_UNITS,
     Budget,
@@ -18,6 +17,7 @@ from gwp_edge.calibration.sensitivity import (
 )
 from gwp_edge.errors import SpecError
 from gwp_edge.export.precision import make_recipe
+from gwp_edge.manifest import ChannelError, MeasuredError
 
 pytestmark = pytest.mark.export
 

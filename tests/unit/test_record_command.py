@@ -14,7 +14,7 @@ from gwp_edge.testing import make_spec
 def started(monkeypatch):
     """What would have been run."""
     options = []
-    monkeypatch.setattr("gwp_edge.bundle.read_spec", lambda _: make_spec())
+    monkeypatch.setattr("gwp_edge.manifest.read_spec", lambda _: make_spec())
     monkeypatch.setattr(running, "_run", lambda given, *_: options.append(given))
     return options
 

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from gwp_edge.bundle import ChannelError, MeasuredError
 from gwp_edge.calibration.report import from_json, to_html, to_json
 from gwp_edge.calibration.verify_errors import Ruler, compare
 from gwp_edge.calibration.verify_schema import (
@@ -29,6 +28,7 @@ from gwp_edge.calibration.verify_schema import (
     VerifyReport,
 )
 from gwp_edge.errors import SpecError
+from gwp_edge.manifest import ChannelError, MeasuredError
 from gwp_edge.spec import Channel
 
 CHROMIUM = next(

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from gwp_edge.bundle import Layer
 from gwp_edge.engines.trt_proof import (
     narrow_sums,
     parse_inspector,
@@ -15,6 +14,7 @@ from gwp_edge.engines.trt_proof import (
     summarize,
 )
 from gwp_edge.errors import BuildError
+from gwp_edge.manifest import Layer
 
 
 def layer(name="ffn", fmt="int8", stage="prefill") -> Layer:

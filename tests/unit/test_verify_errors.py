@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gwp_edge.bundle import ChannelError, MeasuredError
 from gwp_edge.calibration.verify_checks import PARITY, Limits, error_checks, verdict
 from gwp_edge.calibration.verify_errors import Ruler, compare, make_ruler
 from gwp_edge.calibration.verify_schema import Check
 from gwp_edge.errors import SpecError
+from gwp_edge.manifest import ChannelError, MeasuredError
 from gwp_edge.spec import Channel
 
 CHANNELS = (
