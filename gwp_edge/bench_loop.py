@@ -2,7 +2,8 @@
 
 The loop runs as in ``run``: two fake PiPER arms in processes of their own, a policy process that
 computes without a pause. Beside it, in the same seconds and under the same scheduling, a bare
-clock_nanosleep loop in C says what this machine can do at all.
+clock_nanosleep loop in C says how late this machine wakes a sleeper; the motor loop sleeps a little
+less and watches the clock for the rest, so it may do better.
 """
 
 from __future__ import annotations

@@ -20,10 +20,12 @@ _MIN_STATES: Final = 20
 _MAX_STATES: Final = 200
 # A lag whose fit is not clearly better than that of a joint that never moved says nothing.
 _MAX_ERROR: Final = 0.25
-# An arm that has stood for so long has settled; what then moves by more than twice as much as it
-# trembled, and by more than encoders count, moves.
+# So long before a start an arm must have stood; what then moves by more than twice as much as it
+# trembled, and by more than encoders count, moves. An answer may take a second, and the command
+# before must have had its own, so commands must have rested for the sum of both.
 _STILL_NS: Final = 300_000_000
 _AWAIT_NS: Final = 1_000_000_000
+_REST_NS: Final = _AWAIT_NS + _STILL_NS
 _STIRS: Final = 0.002
 _MIN_STILL_STATES: Final = 5
 
@@ -50,8 +52,9 @@ def starts_of(raw: Raw) -> list[Start]:
     changed = np.flatnonzero((np.diff(wanted, axis=0) != 0).any(axis=1)) + 1
     if not changed.size:
         return []
-    # The commands before each change were equal for so long.
-    rested = np.diff(t_ns[changed], prepend=t_ns[0]) >= _STILL_NS
+    rests_ns = np.diff(t_ns[changed], prepend=t_ns[0])
+    rested = rests_ns >= _REST_NS
+    rested[0] = rests_ns[0] >= _STILL_NS  # nothing moved before the first
     found = [_start(raw, int(t_ns[i]), wanted[i - 1]) for i in changed[rested]]
     return [start for start in found if start is not None]
 

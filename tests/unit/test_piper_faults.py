@@ -32,6 +32,7 @@ test_bench_soak injects most of them into whole runs and judges the commands at 
 """
 
 import logging
+import struct
 
 import numpy as np
 import pytest
@@ -336,15 +337,35 @@ def test_old_parts_of_a_pose_are_not_completed_by_new_ones():
     assert feedback.t_pose_ns == 10 * MS
 
 
-def test_frames_of_wrong_length_or_wild_values_are_left_out(rig):
+@pytest.mark.parametrize("angle_mdeg", [-3_000_000, 3_000_000])
+@pytest.mark.parametrize("joint", range(6))
+def test_pose_with_a_wild_angle_is_left_out_whole(rig, joint, angle_mdeg):
     before = rig.watch().position
     feedback = rig.arm.units[0].feedback
-    wild, *tame = (data for _, data in codec.encode_joints([0, -3_000_000, 0, 0, 0, 0]))
-    t_ns = rig.clock.t_ns
-    parts = zip(codec.ID_JOINT_FEEDBACK, (wild, *tame), strict=True)
-    feedback.ingest([(0x2A5, bytes(7), 0), *((i, data, t_ns) for i, data in parts)])
-    feedback.ingest([(0x2A8, wild[4:] * 2, t_ns)])
-    assert feedback.n_bad == 3
+    was = (feedback.joint_mdeg, feedback.joint_rad, feedback.t_pose_ns)
+    angles = [1000] * 6
+    angles[joint] = angle_mdeg
+    rig.clock.t_ns += MS
+    feedback.ingest(
+        (can_id, data, rig.clock.t_ns)
+        for can_id, (_, data) in zip(
+            codec.ID_JOINT_FEEDBACK, codec.encode_joints(angles), strict=True
+        )
+    )
+    assert feedback.n_bad == 1
+    assert (feedback.joint_mdeg, feedback.joint_rad, feedback.t_pose_ns) == was
+    assert rig.watch().position == pytest.approx(before)  # the next whole one counts again
+    assert feedback.t_pose_ns > was[2]
+
+
+def test_frames_of_wrong_length_or_a_wild_gripper_are_left_out(rig):
+    before = rig.watch().position
+    feedback = rig.arm.units[0].feedback
+    wild = struct.pack(">iHBB", 3_000_000, 0, 0x40, 0)
+    was = (feedback.gripper_um, feedback.joint_mdeg)
+    feedback.ingest([(0x2A5, bytes(7), 0), (0x2A8, wild, rig.clock.t_ns)])
+    assert feedback.n_bad == 2
+    assert (feedback.gripper_um, feedback.joint_mdeg) == was
     assert rig.watch().position == pytest.approx(before)
 
 

@@ -108,6 +108,20 @@ def test_report_start_that_no_feedback_shows_has_no_stamp():
     assert report_of([raw]).motor.start_to_motion_ms is None
 
 
+@pytest.mark.parametrize("lag_ms", [250, 500, 800])
+def test_report_answer_to_the_command_before_is_not_taken_for_one_to_the_next(lag_ms):
+    """Two commands half a second apart: the second began while the arm still answered the first."""
+    found = report_of([arm_that_starts(lag_ms, rests_s=(0.5, 1.45), trembles=0.0)]).motor
+    assert found.start_to_motion_ms.n == 1
+    assert lag_ms <= found.start_to_motion_ms.p50 <= lag_ms + 5.0
+
+
+def test_report_stir_before_a_motion_does_not_count_it_twice():
+    raw = arm_that_starts(40, rests_s=(1.0,), trembles=0.0)
+    raw.commands["position"][raw.commands["t_ns"] >= raw.commands["t_ns"][100], 2] += 0.001
+    assert report_of([raw]).motor.start_to_motion_ms.n == 1
+
+
 def test_report_arm_in_motion_all_the_time_has_no_start():
     assert report_of([moving_arm(80)]).motor.start_to_motion_ms is None
 
