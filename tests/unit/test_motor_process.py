@@ -67,7 +67,7 @@ def test_memory_is_locked_while_no_bus_is_open(board, monkeypatch, dry_run, seco
         return []
 
     monkeypatch.setattr(motor_process, "make_realtime", make_realtime)
-    monkeypatch.setattr(motor_process, "MonotonicClock", lambda: arm.clock)
+    monkeypatch.setattr(motor_process, "MonotonicClock", lambda **_: arm.clock)
     board.words[Word.REQUEST] = Request.RUN
     robot = RobotConfig(name="listed", arm=ArmConfig(kind="kinematic"))
     setup = motor_process.ArmSetup(board=board.name, spec=SPEC, robot=robot, supervisor_pid=0)
