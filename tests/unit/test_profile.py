@@ -335,8 +335,8 @@ def test_report_survives_json_and_page_holds_it(tmp_path):
         (b"[]", "is no report"),
         (b'{"schema": "gwp-edge.run", "schema_version": 1}', "gwp-edge.run"),
         (b'{"schema": "gwp-edge.profile", "schema_version": 99}', "99"),
-        (b'{"schema": "gwp-edge.profile", "schema_version": 2}', "version 2"),
-        (b'{"schema": "gwp-edge.profile", "schema_version": 3}', "measure again"),
+        (b'{"schema": "gwp-edge.profile", "schema_version": 3}', "version 3"),
+        (b'{"schema": "gwp-edge.profile", "schema_version": 4}', "measure again"),
     ],
 )
 def test_read_report_of_something_else_is_refused(tmp_path, content, words):
