@@ -27,6 +27,7 @@ _STILL_NS: Final = 300_000_000
 _AWAIT_NS: Final = 1_000_000_000
 _REST_NS: Final = _AWAIT_NS + _STILL_NS
 _STIRS: Final = 0.002
+_SETTLED: Final = 0.005
 _MIN_STILL_STATES: Final = 5
 
 
@@ -54,7 +55,7 @@ def starts_of(raw: Raw) -> list[Start]:
         return []
     rests_ns = np.diff(t_ns[changed], prepend=t_ns[0])
     rested = rests_ns >= _REST_NS
-    rested[0] = rests_ns[0] >= _STILL_NS  # nothing moved before the first
+    rested[0] = True  # nothing was commanded before the first; whether the arm stood, states say
     found = [_start(raw, int(t_ns[i]), wanted[i - 1]) for i in changed[rested]]
     return [start for start in found if start is not None]
 
@@ -70,7 +71,10 @@ def _start(raw: Raw, t_ns: int, rest: FloatArray) -> Start | None:
     if len(still) < _MIN_STILL_STATES:
         return None
     pose = still.mean(axis=0)
-    stirs = np.maximum(_STIRS, 2 * np.abs(still - pose).max(axis=0))
+    trembles = np.abs(still - pose).max(axis=0)
+    if (trembles > _SETTLED).any():
+        return None
+    stirs = np.maximum(_STIRS, 2 * trembles)
     commands = _within(raw.commands, t_ns, t_ns + _AWAIT_NS)
     told = np.abs(commands["position"] - rest) > stirs
     if not told.any():

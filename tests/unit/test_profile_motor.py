@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from profile_story import MS, SPEC, Story, arm_that_starts, moving_arm, report_of, verdict
@@ -120,6 +122,16 @@ def test_report_stir_before_a_motion_does_not_count_it_twice():
     raw = arm_that_starts(40, rests_s=(1.0,), trembles=0.0)
     raw.commands["position"][raw.commands["t_ns"] >= raw.commands["t_ns"][100], 2] += 0.001
     assert report_of([raw]).motor.start_to_motion_ms.n == 1
+
+
+def test_report_first_command_of_a_run_is_a_start_and_the_first_one_kept_of_a_motion_is_none():
+    raw = arm_that_starts(40, rests_s=(0.5,), trembles=0.0)
+    begun = raw.commands["t_ns"] >= raw.commands["t_ns"][90]  # sends nothing until then
+    first = dataclasses.replace(raw, commands=raw.commands[begun])
+    assert report_of([first]).motor.start_to_motion_ms.n == 1
+    late = raw.commands["t_ns"] >= raw.commands["t_ns"][180]  # what came before was lost
+    lost = dataclasses.replace(raw, commands=raw.commands[late])
+    assert report_of([lost]).motor.start_to_motion_ms is None
 
 
 def test_report_arm_in_motion_all_the_time_has_no_start():
