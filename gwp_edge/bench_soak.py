@@ -30,7 +30,7 @@ from gwp_edge.run_options import RunOptions
 from gwp_edge.runtime import run
 from gwp_edge.soak_faults import FAULTS, N_ARMS, Rig, SoakFault
 from gwp_edge.soak_life import Life, Outcome
-from gwp_edge.soak_memory import MemoryGrowth, MemoryWatch, give_back
+from gwp_edge.soak_memory import MemoryGrowth, MemoryWatch
 from gwp_edge.telemetry import Distribution, RunSummary
 from gwp_edge.testing import make_spec
 
@@ -216,7 +216,6 @@ class _Session:
                 patience_s=self._patience_s,
                 progress=self._progress,
             )
-            give_back()  # this process outlives the runs, as no supervisor of a robot does
             summary = run(self._options, on_status=life.on_status, keys=life.key)
             self._n_runs += 1
             self._close(life, summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +86,6 @@ class MemoryWatch:
             n_lives=n_lives,
             peak_mb=peak / 1024.0,
         )
-
-
-def give_back() -> None:
-    """Return what this process has freed to the system, where libc can.
-
-    The allocator keeps freed pages for later, more after some runs than after others; what a
-    process still uses is what may grow without end.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def private_kb(pid: int) -> float | None:
