@@ -403,6 +403,8 @@ class MotorLoop:
         # In a fault the brake goes out as long as it moves; then the line is left alone.
         if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
             return False
+        if self._words[Word.GUARDIAN_TRIPPED_NS]:
+            return False  # it took over while this tick was computed; the next one says so
         t_begin_ns = self._clock.now_ns()
         try:
             self._arm.send(command)

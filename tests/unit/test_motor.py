@@ -454,6 +454,22 @@ def test_guardian_that_took_over_silences_the_loop(rig):
     assert rig.loop.mode is Mode.FAULT
 
 
+def test_guardian_that_takes_over_in_the_middle_of_a_tick_is_not_contradicted(rig, monkeypatch):
+    """The machine paused in a tick; both went on at once, and one command came after the hold."""
+    rig.run()
+    n, state = len(rig.arm.sent), rig.arm.state
+
+    def slow_state():
+        rig.words[Word.GUARDIAN_TRIPPED_NS] = rig.clock.now_ns()
+        return state()
+
+    monkeypatch.setattr(rig.arm, "state", slow_state)
+    rig.ticks(5)
+    assert not rig.running
+    assert len(rig.arm.sent) == n
+    assert rig.loop.mode is Mode.FAULT
+
+
 def test_dry_run_sends_nothing_and_still_runs(make_rig):
     rig = make_rig(dry_run=True)
     rig.words[Word.REQUEST] = Request.RUN
