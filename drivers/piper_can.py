@@ -11,7 +11,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,9 +41,6 @@ CAN_FRAME = Struct("=IB3x8s")
 CAN_FILTER = Struct("=II")
 # A frame on the Unix socket: struct can_frame and the monotonic time at which it was sent.
 UNIX_FRAME = Struct("=IB3x8sq")
-# The same without the length, for packets that are known to be whole.
-_CAN_WHOLE, _UNIX_WHOLE = Struct("=I4x8s"), Struct("=I4x8sq")
-_LENGTH_AT = 4
 
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
@@ -135,12 +132,6 @@ def _gone(name: str, e: OSError) -> DeviceError:
     return DeviceError(f"CAN channel {name} failed: {e.strerror or e} ({reason})")
 
 
-def _all_whole(view: memoryview, packet_bytes: int) -> bool:
-    """Whether every frame in ``view`` has eight bytes, as all of a PiPER's have."""
-    lengths = view[_LENGTH_AT::packet_bytes].tobytes()
-    return lengths.count(8) == len(lengths)
-
-
 class SocketCan:
     """One raw CAN socket with kernel filters, error frames and receive stamps.
 
@@ -181,20 +172,12 @@ class SocketCan:
             if 0 in stamps:  # the kernel gave no stamp: the present is the best there is
                 now_ns = time.time_ns()
                 stamps = [stamp_ns or now_ns for stamp_ns in stamps]
-            if _all_whole(view, CAN_FRAME.size):
-                frames += [
-                    (can_id, data, stamp_ns + offset_ns)
-                    for (can_id, data), stamp_ns in zip(
-                        _CAN_WHOLE.iter_unpack(view), stamps, strict=True
-                    )
-                ]
-            else:
-                frames += [
-                    (can_id, data[:length], stamp_ns + offset_ns)
-                    for (can_id, length, data), stamp_ns in zip(
-                        CAN_FRAME.iter_unpack(view), stamps, strict=True
-                    )
-                ]
+            frames += [
+                (can_id, data if length == 8 else data[:length], stamp_ns + offset_ns)
+                for (can_id, length, data), stamp_ns in zip(
+                    CAN_FRAME.iter_unpack(view), stamps, strict=True
+                )
+            ]
             if n < _CALL_FRAMES:
                 break
         return frames
@@ -299,14 +282,11 @@ class UnixCan:
         wanted = self._wanted
         for _ in range(_MAX_CALLS):
             view, n = self._packets.receive()
-            if _all_whole(view, UNIX_FRAME.size):
-                packets: Iterable[StampedFrame] = _UNIX_WHOLE.iter_unpack(view)
-            else:
-                packets = (
-                    (can_id, data[:length], t_ns)
-                    for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
-                )
-            frames += [f for f in packets if f[0] in wanted or f[0] & CAN_ERR_FLAG]
+            frames += [
+                (can_id, data if length == 8 else data[:length], t_ns)
+                for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
+                if can_id in wanted or can_id & CAN_ERR_FLAG
+            ]
             if n < _CALL_FRAMES:
                 break
         return frames
