@@ -142,6 +142,9 @@ class WitnessPiper(FakePiper):
             return
         joint.speed, joint.n_ticks = 0.0, 1
         if not self._was_reported(j, q, t_ns):
+            if before is not None:
+                # One fault is one accusation: what goes on at this pace is not accused again.
+                joint.speed = q - before
             came = "nothing" if before is None else f"{before / 1e3:.3f} deg"
             self._accuse(
                 f"joint {j + 1} to {q / 1e3:.3f} deg from {came} after {after_ns / 1e6:.1f} ms: "

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gwp_edge.errors import SpecError
 from gwp_edge.profiling.stamps import STAMP_DTYPE
 from gwp_edge.shared_memory import LatestRing, SharedSegment, aligned, fence, unique_name
-from gwp_edge.status import Event, EventKind, Word
+from gwp_edge.status import Event, EventKind, Request, Word
 from gwp_edge.types import ArmState, Chunk
 
 _TEXT_BYTES: Final = 480
@@ -250,6 +250,14 @@ class Board:
     def publish_command(self, position: npt.NDArray[np.float64], t_ns: int) -> None:
         """Note the command that was sent. Writer: motor process."""
         self._commands.append((t_ns, position))
+
+    def ask(self, request: Request) -> None:
+        """Ask the motor process for something; never takes a stronger request back.
+
+        Safe inside of a signal handler: it is one store.
+        """
+        if self.words[Word.REQUEST] < request:
+            self.words[Word.REQUEST] = int(request)
 
     def last_command(self) -> tuple[npt.NDArray[np.float64], int] | None:
         """Return the last command sent, (D,), and its time."""

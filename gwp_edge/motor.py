@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault
+from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.protocols import Arm, Clock
 from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
+from gwp_edge.sender import Sender
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
@@ -25,14 +26,11 @@ __all__ = ["MotorLoop", "MotorOptions"]
 
 _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
-_DROPPED_IN_ROW = 5
 _STANDING_TICKS = 3
 _UNPOWERED_IN_ROW = 2
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
-# Some ticks may be late without a sign of it in the motion; the guardian waits for 50 ms.
-_PAUSE_NS = 35_000_000
 
 
 class MotorLoop:
@@ -81,7 +79,7 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_refused = self._n_rejected = self._n_dropped = self._n_unpowered = 0
+        self._n_refused = self._n_rejected = self._n_unpowered = 0
         self._resume_count = self._words[Word.RESUME_COUNT]
         self._braking = False
         self._stop_wanted = self._parking_begun = False
@@ -89,8 +87,8 @@ class MotorLoop:
         self._caution: str | None = None
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
-        self._send_ns = 0
-        self._t_tick_ns: int | None = None
+        self._t_tick_ns = 0
+        self._sender = Sender(arm, board, clock)
 
     def begin(self, state: ArmState) -> None:
         """Hold the measured pose from now on.
@@ -122,10 +120,10 @@ class MotorLoop:
             # Two hands on one arm are worse than one late one: the guardian keeps it.
             self._fault("the guardian holds the arm: the motor loop had stopped for too long")
             return False
-        if self._t_tick_ns is not None and now_ns - self._t_tick_ns > _PAUSE_NS:
-            # The arm has come to its last target and stopped; going on at speed would jerk it.
-            self._limiter.rest()
         self._t_tick_ns = now_ns
+        if self._sender.has_paused(now_ns):
+            # Going on at speed, or from a command that never left, would jerk the arm.
+            self._limiter.rest(self._sender.last)
         self._read_state(now_ns)
         self._take_chunk(now_ns)
         self._follow_request(now_ns)
@@ -137,14 +135,14 @@ class MotorLoop:
             t_woke_ns=now_ns,
             t_feedback_ns=self._t_feedback_ns,
             sent=sent,
-            send_ns=self._send_ns,
+            send_ns=self._sender.send_ns if sent else 0,
             mode=self.mode,
         )
         return not self._is_over()
 
     def emergency(self) -> bool:
         """Brake one tick without schedule or state machine; return False when standing."""
-        self._words[Word.MOTOR_HEARTBEAT_NS] = self._clock.now_ns()
+        self._t_tick_ns = self._words[Word.MOTOR_HEARTBEAT_NS] = self._clock.now_ns()
         moving = not self._limiter.standing
         self._send(self._limiter.brake())
         return moving
@@ -397,28 +395,13 @@ class MotorLoop:
             self._hold(HoldReason.TRACKING, lost, now_ns)
 
     def _send(self, command: FloatArray) -> bool:
-        self._send_ns = 0
         if self._options.dry_run:
             return False
         # In a fault the brake goes out as long as it moves; then the line is left alone.
         if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
             return False
-        if self._words[Word.GUARDIAN_TRIPPED_NS]:
-            return False  # it took over while this tick was computed; the next one says so
-        t_begin_ns = self._clock.now_ns()
         try:
-            self._arm.send(command)
-        except DeviceTimeoutError as e:
-            self._words[Word.MOTOR_N_SEND_DROPPED] += 1
-            self._n_dropped += 1
-            if self._n_dropped >= _DROPPED_IN_ROW:
-                self._fault(f"{self._n_dropped} commands in a row could not be sent: {e}")
-            return False
+            return self._sender.send(command, self._t_tick_ns)
         except (DeviceError, SafetyFault) as e:
             self._fault(str(e))
             return False
-        self._n_dropped = 0
-        t_sent_ns = self._clock.now_ns()
-        self._send_ns = t_sent_ns - t_begin_ns
-        self._board.publish_command(command, t_sent_ns)
-        return True

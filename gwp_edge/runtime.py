@@ -71,10 +71,8 @@ def run(
             on_status = _watch_recorder(recorder, findings, on_status)
         if watcher is not None:
             watcher.begin(board.name)
-        supervisor = Supervisor(options, board, world, findings, on_status, keys)
-        with SignalInput(supervisor.ask) as signals:
-            supervisor.signals = signals
-            supervisor.run()
+        with SignalInput(board.ask) as signals:
+            Supervisor(options, board, world, findings, on_status, keys, signals).run()
         if recorder is not None:
             for problem in recorder.stop():
                 findings.note_fault(problem)

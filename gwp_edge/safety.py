@@ -211,10 +211,12 @@ class Limiter:
         bad = np.argwhere(~((rows >= low) & (rows <= high)))
         return None if len(bad) == 0 else self._reason_to_reject(rows[bad[0][0]].tolist())
 
-    def rest(self) -> None:
-        """Take it that the arm has stopped at the last command, after a pause of the loop."""
-        for j in self._joints:
-            j.v = 0.0
+    def rest(self, position: FloatArray) -> None:
+        """Take it that the arm has stopped at ``position``, a command that it got some time ago."""
+        for j, p in zip(self._joints, position.tolist(), strict=True):
+            j.p, j.v = p, 0.0
+            j.floor, j.ceiling = min(j.low, p), max(j.high, p)
+        self.position[:] = position
 
     def retarget(self) -> None:
         """Forget the last target: the next one continues from the command, not from it."""

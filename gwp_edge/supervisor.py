@@ -42,6 +42,7 @@ class Supervisor:
         findings: Findings,
         on_status: StatusCallback | None,
         keys: KeySource | None,
+        signals: SignalInput,
     ) -> None:
         self._options = options
         self._board = board
@@ -50,7 +51,7 @@ class Supervisor:
         self._findings = findings
         self._on_status = on_status
         self._keys = keys
-        self.signals: SignalInput | None = None
+        self._signals = signals
         self._processes = RunProcesses(options, board)
         self._t_run_s: float | None = None
         self._t_hold_s: float | None = None
@@ -72,14 +73,6 @@ class Supervisor:
                     self._watch()
             except DeviceError as e:
                 self._findings.end("fault", str(e))
-
-    def ask(self, request: Request) -> None:
-        """Ask the motor process for an end; never takes a stronger one back.
-
-        Safe inside of a signal handler: it is one store.
-        """
-        if self._words[Word.REQUEST] < request:
-            self._words[Word.REQUEST] = int(request)
 
     # Start
 
@@ -122,7 +115,7 @@ class Supervisor:
             text = "; ".join(f"{c.name}: {c.detail}" for c in refusing)
             self._findings.end("refused", f"preflight failed, nothing moved: {text}")
             return False
-        self.ask(Request.RUN)
+        self._board.ask(Request.RUN)
         return True
 
     def _is_ready(self) -> bool:
@@ -306,11 +299,9 @@ class Supervisor:
         return True
 
     def _see_signals(self) -> bool:
-        signals = self.signals
-        if signals is None:
-            return False
+        signals = self._signals
         if signals.n_estops:
-            self.ask(Request.STOP_NOW)
+            self._board.ask(Request.STOP_NOW)
             self._findings.end("estop", "stopped by the external e-stop signal")
         elif signals.n_interrupts:
             self._findings.end("interrupted", "interrupted")
@@ -321,7 +312,7 @@ class Supervisor:
     def _see_key(self) -> bool:
         key = self._keys() if self._keys is not None else None
         if key is Key.QUIT:
-            self.ask(Request.PARK)
+            self._board.ask(Request.PARK)
             self._findings.end("parked", "parked by the operator")
             return True
         if self._words[Word.REQUEST] < Request.RUN:
@@ -330,7 +321,7 @@ class Supervisor:
             if key is Key.HOLD:
                 logger.warning("held before the first motion: enter begins")
         elif key is Key.HOLD:
-            self.ask(Request.HOLD)
+            self._board.ask(Request.HOLD)
         elif key is Key.RESUME and self._words[Word.REQUEST] in (Request.HOLD, Request.RUN):
             self._words[Word.RESUME_COUNT] += 1
             self._words[Word.REQUEST] = int(Request.RUN)
@@ -349,7 +340,7 @@ class Supervisor:
         if motor is None:
             return
         if self._words[Word.REQUEST] < Request.PARK:
-            self.ask(Request.STOP)
+            self._board.ask(Request.STOP)
         parking = self._words[Word.REQUEST] == Request.PARK
         # Parking is slow on purpose; a stop is not.
         deadline_s = time.monotonic() + (_PARK_TIMEOUT_S if parking else _STOP_TIMEOUT_S)
@@ -372,22 +363,22 @@ class Supervisor:
 
     def _see_stop_of_end(self) -> None:
         """Take the e-stop, Ctrl-C and space while the arm is parked or stopped."""
-        signals = self.signals
-        if signals is not None and signals.n_estops:
-            self.ask(Request.STOP_NOW)
+        signals = self._signals
+        if signals.n_estops:
+            self._board.ask(Request.STOP_NOW)
             self._findings.fail("estop", "stopped by the external e-stop signal")
-        elif signals is not None and signals.n_interrupts > 1:
-            self.ask(Request.STOP_NOW)
+        elif signals.n_interrupts > 1:
+            self._board.ask(Request.STOP_NOW)
             self._findings.end("interrupted", "interrupted twice: immediate hold")
-        elif signals is not None and signals.n_interrupts:
-            self.ask(Request.STOP)
+        elif signals.n_interrupts:
+            self._board.ask(Request.STOP)
             self._findings.end("interrupted", "interrupted")
-        elif signals is not None and signals.n_terminates:
-            self.ask(Request.STOP)
+        elif signals.n_terminates:
+            self._board.ask(Request.STOP)
             self._findings.end("terminated", "asked to terminate")
         key = self._keys() if self._keys is not None else None
         if key is Key.HOLD and self._words[Word.REQUEST] == Request.PARK:
-            self.ask(Request.STOP)
+            self._board.ask(Request.STOP)
             self._findings.fail("held", "the operator stopped the parking")
 
     def _await_guardian(self) -> None:

@@ -306,6 +306,59 @@ def test_loop_that_paused_begins_from_rest(rig):
     assert np.abs(rig.arm.sent[-1] - rig.arm.sent[-2]).max() > 0.5 * 0.005
 
 
+def interrupt(rig, monkeypatch, duration_ns):
+    """Let the next tick pause for so long in its middle."""
+    state = rig.arm.state
+
+    def slow_state():
+        rig.clock.advance(duration_ns)
+        monkeypatch.setattr(rig.arm, "state", state)
+        return state()
+
+    monkeypatch.setattr(rig.arm, "state", slow_state)
+    rig.ticks(1)
+
+
+def test_pause_is_measured_from_what_was_sent_last(rig, monkeypatch):
+    """A tick that sent late and the next one late, too: the arm waited for less than both say."""
+    rig.run(speed=1.0)
+    interrupt(rig, monkeypatch, 10 * MS)
+    before = rig.arm.sent[-1]
+    rig.clock.advance(21 * MS)  # 26 ms after it was sent, 36 ms after its tick began
+    rig.plan(1.0)
+    rig.ticks(1)
+    assert np.abs(rig.arm.sent[-1] - before).max() > 0.5 * 0.005
+
+
+def test_command_of_a_tick_that_was_interrupted_for_long_is_not_sent(rig, monkeypatch):
+    rig.run(speed=1.0)
+    n, before = len(rig.arm.sent), rig.arm.sent[-1]
+    interrupt(rig, monkeypatch, 16 * MS)
+    assert len(rig.arm.sent) == n
+    assert rig.words[Word.MOTOR_N_SEND_DROPPED] == 1
+    rig.ticks(1)
+    # The motion went on meanwhile: two ticks of it.
+    assert 0.5 * 0.01 < np.abs(rig.arm.sent[-1] - before).max() < 1.1 * 0.01
+    interrupt(rig, monkeypatch, 40 * MS)
+    assert len(rig.arm.sent) == n + 1
+    before = rig.arm.sent[-1]
+    rig.plan(1.0)
+    rig.ticks(1)
+    # The arm has stopped at what it got, not at what was never sent.
+    assert np.abs(rig.arm.sent[-1] - before).max() <= ACCELERATION * 0.005**2 + 1e-12
+
+
+def test_arm_that_missed_commands_goes_on_from_the_last_that_it_got(rig):
+    rig.run(speed=1.0)
+    before = rig.arm.sent[-1]
+    rig.arm.send_failure = DeviceTimeoutError("queue full")
+    rig.ticks(8)
+    assert rig.loop.mode is Mode.FAULT
+    rig.arm.send_failure = None
+    rig.ticks(1)
+    assert np.abs(rig.arm.sent[-1] - before).max() <= ACCELERATION * 0.005**2 + 1e-12
+
+
 def test_caution_holds_once_and_a_person_may_go_on(rig):
     rig.run()
     rig.arm.caution = "a target is over the arm's own angle limit"

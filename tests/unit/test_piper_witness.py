@@ -73,6 +73,13 @@ def test_jump_is_accused(stream, jump_deg):
     assert "joint 4" in stream.violations[0]
 
 
+def test_motion_that_goes_on_after_an_accusation_is_not_accused_again(stream):
+    stream.send(stream.pose)
+    for i in range(1, 20):
+        stream.send(turned(stream.pose, 0, 0.5 * 0.005 * i))
+    assert len(stream.violations) == 1
+
+
 def test_steady_speed_over_the_limit_is_accused(stream):
     stream.send(stream.pose)
     speed, q = 0.0, 0.0

@@ -1,18 +1,22 @@
 """Whole runs in real processes on the kinematic robot: every ending leaves the arm holding."""
 
 import dataclasses
+import gc
 import os
 import signal
 import time
+import weakref
 
 import msgspec
 import numpy as np
 import pytest
 from run_rig import MOTOR
 
+from gwp_edge import runtime
 from gwp_edge.operator_input import Key
 from gwp_edge.policy_process import PolicyOptions
 from gwp_edge.robots import load_robot
+from gwp_edge.run_report import Findings
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.status import HoldReason, Mode
 from gwp_edge.testing import make_spec
@@ -32,6 +36,24 @@ def test_run_duration_ends_well_and_reports(a_run):
         "golden", "cameras", "statistics", "latency", "first action", "memory",
     }  # fmt: skip
     msgspec.json.encode(summary.to_dict())
+
+
+def test_run_leaves_nothing_for_the_garbage_collector(a_run, monkeypatch):
+    """A program that runs again and again would grow by 2 MB each time until it is collected."""
+    left = []
+
+    class Kept(Findings):
+        def __init__(self):
+            super().__init__()
+            left.append(weakref.ref(self))
+
+    monkeypatch.setattr(runtime, "Findings", Kept)
+    gc.disable()
+    try:
+        a_run.start(on_status=a_run.once_running(lambda s: os.kill(s.policy_pid, signal.SIGKILL)))
+        assert [ref() for ref in left] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
