@@ -70,6 +70,7 @@ class _Stream:
     q: float | None = None
     speed: float = 0.0
     n_ticks: int = 1
+    pace: float = 0.0  # of what was accused last: the stream may go on at it, or from rest
     t_ns: int = 0
 
 
@@ -142,9 +143,8 @@ class WitnessPiper(FakePiper):
             return
         joint.speed, joint.n_ticks = 0.0, 1
         if not self._was_reported(j, q, t_ns):
-            if before is not None:
-                # One fault is one accusation: what goes on at this pace is not accused again.
-                joint.speed = q - before
+            if before is not None and abs(q - before) <= self._speed[j]:
+                joint.pace = q - before  # one fault is one accusation
             came = "nothing" if before is None else f"{before / 1e3:.3f} deg"
             self._accuse(
                 f"joint {j + 1} to {q / 1e3:.3f} deg from {came} after {after_ns / 1e6:.1f} ms: "
@@ -153,8 +153,14 @@ class WitnessPiper(FakePiper):
 
     def _goes_on(self, j: int, way: float, n_late: int, joint: _Stream) -> bool:
         """Whether a target ``way`` on continues the stream, or begins anew after a pause."""
-        if n_late <= _MAX_TICKS and self._continues(j, way, n_late, joint):
-            return True
+        pace, joint.pace = joint.pace, 0.0
+        if n_late <= _MAX_TICKS:
+            if self._continues(j, way, n_late, joint):
+                return True
+            if pace:
+                joint.speed, joint.n_ticks = pace, 1
+                if self._continues(j, way, n_late, joint):
+                    return True
         if n_late < _REST_TICKS:
             return False
         # The arm has stopped at the last target meanwhile.

@@ -53,6 +53,16 @@ class Graph:
         return self.ops.build(self.stage)
 
 
+def share_matrices(one: Graph, other: Graph) -> None:
+    """Let an engine hold large float32 matrices that both graphs read once for both of them.
+
+    ONNX Runtime packs a constant factor for each session anew; an input with a default it does not.
+    """
+    names = sorted(one.ops.large_matrices() & other.ops.large_matrices())
+    for graph in (one, other):
+        graph.ops.take_as_inputs(names)
+
+
 def _key_values(
     ops: OnnxOps, spec: PolicySpec, kind: str, tokens: int, fmt: Format, n_blocks: int
 ) -> list[KeyValue[ir.Value]]:

@@ -6,6 +6,7 @@ is written, so that a graph of any size is built in little memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +22,8 @@ from gwp_edge.export.weight_bank import StoredTensor, WeightBank
 
 T = TypeVar("T")
 
+# Below this, memory that is held once per session is not worth an input.
+LARGE_BYTES = 1 << 20
 OPSET = 20
 IR_VERSION = 10
 
@@ -92,6 +95,7 @@ class GraphRecorder:
         self._outputs: list[ir.Value] = []
         self._stored: dict[str, ir.Value] = {}
         self._constants: dict[str, ir.Value] = {}
+        self._given: list[str] = []
         self._names: dict[str, int] = {}
 
     # -- graph -------------------------------------------------------------------------------
@@ -132,7 +136,7 @@ class GraphRecorder:
     def build(self, name: str) -> ir.Model:
         """Return the model; initializers point into the bank's file (see ``attach``)."""
         graph = ir.Graph(
-            self._inputs,
+            [*self._inputs, *(self._stored[name] for name in self._given)],
             self._outputs,
             nodes=self._nodes,
             initializers=[*self._stored.values(), *self._constants.values()],
@@ -140,6 +144,23 @@ class GraphRecorder:
             name=name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gwp-edge")
+
+    def large_matrices(self) -> set[str]:
+        """Return the names of float32 matrices in the weight file of ``LARGE_BYTES`` or more."""
+        return {
+            name
+            for name, value in self._stored.items()
+            if dtype_of(value) == ir.DataType.FLOAT
+            and len(shape_of(value)) == 2
+            and 4 * math.prod(shape_of(value)) >= LARGE_BYTES
+        }
+
+    def take_as_inputs(self, names: Sequence[str]) -> None:
+        """Make weights inputs with their stored values as defaults, as ONNX allows.
+
+        An engine may then be given its caller's memory for them.
+        """
+        self._given = list(names)
 
     def attach(self, places: Mapping[str, tuple[int, int]], location: str) -> None:
         """Point every stored initializer at its bytes in the weight file."""

@@ -28,7 +28,14 @@ from gwp_edge.calibration.sensitivity import Budget
 from gwp_edge.errors import SpecError
 from gwp_edge.export import tables
 from gwp_edge.export.golden import KEPT_BYTES, checked_manifest, wants_engine, write_golden
-from gwp_edge.export.graphs import WEIGHTS_FILE, Graph, denoise_graph, prefill_graph, vision_graph
+from gwp_edge.export.graphs import (
+    WEIGHTS_FILE,
+    Graph,
+    denoise_graph,
+    prefill_graph,
+    share_matrices,
+    vision_graph,
+)
 from gwp_edge.export.inputs import (
     ExportOptions,
     Inputs,
@@ -195,6 +202,8 @@ def _record(inputs: Inputs, bank: WeightBank) -> list[Graph]:
             prefill_graph(inputs.network, spec, recipe, bank, form),
             denoise_graph(inputs.network, spec, recipe, bank, form),
         ]
+    if len(forms) > 1:
+        share_matrices(*result[-2:])
     # A graph of float32 layers alone is the same in either form.
     return [g for g in result if g.form == "native" or any(c.format != "fp32" for c in g.costs)]
 

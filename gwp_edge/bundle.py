@@ -66,6 +66,22 @@ class Bundle:
 
         return MappingProxyType(load_file(self.file(name)))
 
+    def weight(self, name: str) -> npt.NDArray[Any]:
+        """Read one array of the weight file.
+
+        Raises:
+            SpecError: there is none of that name.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.file(self.manifest.weights)
+        with safe_open(path, "numpy") as file:
+            try:
+                array: npt.NDArray[Any] = file.get_tensor(name)
+            except SafetensorError as e:
+                raise SpecError(f"{path}: {e}; export the policy again") from e
+        return array
+
     @classmethod
     def open(
         cls, path: Path | str, *, progress: Callable[[str, int, int], None] | None = None

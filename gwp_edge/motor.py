@@ -88,7 +88,9 @@ class MotorLoop:
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
         self._t_tick_ns = 0
-        self._sender = Sender(arm, board, clock)
+        self._sender = Sender(
+            arm, board, clock, period_ns=options.period_ns, dry_run=options.dry_run
+        )
 
     def begin(self, state: ArmState) -> None:
         """Hold the measured pose from now on.
@@ -97,6 +99,7 @@ class MotorLoop:
             SpecError: the measured pose is not usable.
         """
         self._limiter.seed(state.position)
+        self._sender.begin(self._limiter.position)
         self._schedule.hold(self._limiter.position)
         self._measured, self._t_feedback_ns = state.position, state.t_received_ns
         # Before the mode: whoever sees that the arm is enabled finds a state of it.
@@ -120,10 +123,7 @@ class MotorLoop:
             # Two hands on one arm are worse than one late one: the guardian keeps it.
             self._fault("the guardian holds the arm: the motor loop had stopped for too long")
             return False
-        self._t_tick_ns = now_ns
-        if self._sender.has_paused(now_ns):
-            # Going on at speed, or from a command that never left, would jerk the arm.
-            self._limiter.rest(self._sender.last)
+        self._begin_tick(now_ns)
         self._read_state(now_ns)
         self._take_chunk(now_ns)
         self._follow_request(now_ns)
@@ -142,10 +142,18 @@ class MotorLoop:
 
     def emergency(self) -> bool:
         """Brake one tick without schedule or state machine; return False when standing."""
-        self._t_tick_ns = self._words[Word.MOTOR_HEARTBEAT_NS] = self._clock.now_ns()
+        now_ns = self._clock.now_ns()
+        self._words[Word.MOTOR_HEARTBEAT_NS] = now_ns
+        self._begin_tick(now_ns)
         moving = not self._limiter.standing
         self._send(self._limiter.brake())
         return moving
+
+    def _begin_tick(self, now_ns: int) -> None:
+        self._t_tick_ns = now_ns
+        if self._sender.has_paused(now_ns):
+            # Going on at speed, or from a command that never left, would jerk the arm.
+            self._limiter.rest(self._sender.last)
 
     # Inputs
 
@@ -395,8 +403,6 @@ class MotorLoop:
             self._hold(HoldReason.TRACKING, lost, now_ns)
 
     def _send(self, command: FloatArray) -> bool:
-        if self._options.dry_run:
-            return False
         # In a fault the brake goes out as long as it moves; then the line is left alone.
         if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
             return False

@@ -14,6 +14,9 @@ from gwp_edge.robots import RobotConfig
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import Event, HoldReason, Mode, PolicyPhase
 
+# Silence of less than so many motor periods is not a sign of anything.
+_GUARDED_PERIODS = 1.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
@@ -52,6 +55,15 @@ class RunOptions:
             raise SpecError(f"duration: expected a positive time, got {self.duration_s} s")
         if self.motor.synchronous != self.policy.synchronous:
             raise SpecError("synchronous execution concerns policy and motor process alike")
+        if (
+            self.guardian
+            and self.guardian_timeout_s < _GUARDED_PERIODS * self.motor.period_ns / 1e9
+        ):
+            raise SpecError(
+                f"motor rate: at {self.motor.rate_hz:g} Hz the guardian, which takes over after "
+                f"{self.guardian_timeout_s * 1e3:g} ms of silence, would not wait for the next "
+                f"tick; expected at least {_GUARDED_PERIODS / self.guardian_timeout_s:g} Hz"
+            )
         for name in ("guardian_timeout_s", "start_timeout_s", "recover_timeout_s"):
             if not getattr(self, name) > 0:
                 raise SpecError(f"{name}: expected a positive time, got {getattr(self, name)}")

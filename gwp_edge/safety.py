@@ -213,8 +213,9 @@ class Limiter:
 
     def rest(self, position: FloatArray) -> None:
         """Take it that the arm has stopped at ``position``, a command that it got some time ago."""
-        for j, p in zip(self._joints, position.tolist(), strict=True):
+        for i, (j, p) in enumerate(zip(self._joints, position.tolist(), strict=True)):
             j.p, j.v = p, 0.0
+            self.flags[i] = ACCELERATION  # it is not where the plan has it
             j.floor, j.ceiling = min(j.low, p), max(j.high, p)
         self.position[:] = position
 

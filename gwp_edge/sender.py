@@ -1,10 +1,8 @@
-"""The way of a command to the arm: what it got, when, and what no longer goes out."""
+"""The way of a command to the arm: what went out last, and what it is too late for."""
 
 from __future__ import annotations
 
 from typing import Final
-
-import numpy as np
 
 from gwp_edge.errors import DeviceError, DeviceTimeoutError
 from gwp_edge.mailbox import Board
@@ -14,32 +12,47 @@ from gwp_edge.types import FloatArray
 
 # Some ticks may be late without a sign of it in the motion; the guardian waits for 50 ms.
 _PAUSE_NS: Final = 35_000_000
-# What a tick that was interrupted for longer than this has computed is for a time that is over.
-_TOO_LATE_NS: Final = 15_000_000
+_PAUSE_TICKS: Final = 3
 _DROPPED_IN_ROW: Final = 5
 
 
 class Sender:
     """Sends commands, unless it is too late for them. Threads: one owner, the motor loop's.
 
+    A command that the driver could not send counts as sent here: of two arms one may have got it.
+
+    Args:
+        arm: an enabled arm; it gets nothing in a dry run.
+        board: where commands that went out are told.
+        clock: of the motor loop.
+        period_ns: of its ticks.
+        dry_run: send nothing.
+
     Attributes:
-        last: what the arm got last, shape (D,); meaningless before the first.
+        last: the last command, shape (D,).
         send_ns: how long the last command took to go out.
     """
 
-    def __init__(self, arm: Arm, board: Board, clock: Clock) -> None:
+    def __init__(
+        self, arm: Arm, board: Board, clock: Clock, *, period_ns: int, dry_run: bool = False
+    ) -> None:
         self._arm = arm
         self._board = board
         self._words = board.words
         self._clock = clock
-        self.last: FloatArray = np.zeros(len(arm.channels))
+        self._dry_run = dry_run
+        self._pause_ns = max(_PAUSE_NS, _PAUSE_TICKS * period_ns)
         self.send_ns = 0
-        self._t_sent_ns: int | None = None
         self._n_dropped = 0
+
+    def begin(self, position: FloatArray) -> None:
+        """Take it that the arm holds ``position``, shape (D,)."""
+        self.last = position.copy()
+        self._t_last_ns = self._clock.now_ns()
 
     def has_paused(self, now_ns: int) -> bool:
         """Return whether the arm has come to ``last`` and stopped, for want of anything newer."""
-        return self._t_sent_ns is not None and now_ns - self._t_sent_ns > _PAUSE_NS
+        return now_ns - self._t_last_ns > self._pause_ns
 
     def send(self, command: FloatArray, t_tick_ns: int) -> bool:
         """Send ``command``, shape (D,); return whether it went out.
@@ -55,8 +68,12 @@ class Sender:
         if self._words[Word.GUARDIAN_TRIPPED_NS]:
             return False  # it took over while this tick was computed; the next one says so
         t_begin_ns = self._clock.now_ns()
-        if t_begin_ns - t_tick_ns > _TOO_LATE_NS:
-            self._words[Word.MOTOR_N_SEND_DROPPED] += 1
+        if self.has_paused(t_begin_ns) and not self.has_paused(t_tick_ns):
+            return False  # computed for an arm in motion, which has stopped since
+        self.last[:] = command
+        # Not the end: an interruption falls into the system calls rather than before them.
+        self._t_last_ns = t_begin_ns
+        if self._dry_run:
             return False
         try:
             self._arm.send(command)
@@ -69,9 +86,6 @@ class Sender:
                 ) from e
             return False
         self._n_dropped = 0
-        self.last[:] = command
-        # Not the end: an interruption falls into the system calls rather than before them.
-        self._t_sent_ns = t_begin_ns
         t_sent_ns = self._clock.now_ns()
         self.send_ns = t_sent_ns - t_begin_ns
         self._board.publish_command(command, t_sent_ns)

@@ -78,6 +78,7 @@ class OrtEngine:
         self._bindings: dict[Stage, ort.IOBinding] = {}
         self._task: str | None = None
         self._load_tables()
+        self._load_shared_weights()
         for stage in STAGES:
             self._bind(stage)
 
@@ -117,6 +118,13 @@ class OrtEngine:
                 f"{self._spec.sampler.n_steps}; export the policy again"
             )
 
+    def _load_shared_weights(self) -> None:
+        """Read weights that graphs take as inputs: once for all sessions, and none packs them."""
+        for session in self._sessions.values():
+            for node in session.get_overridable_initializers():
+                if node.name not in self._buffers:
+                    self._buffers[node.name] = self._bundle.weight(node.name)
+
     def _buffer(self, node: ort.NodeArg) -> npt.NDArray[Any]:
         """Return the buffer of a graph value; values of one name share it between graphs."""
         dtype = _DTYPES.get(node.type)
@@ -138,6 +146,7 @@ class OrtEngine:
         binding = session.io_binding()
         for nodes, bind in (
             (session.get_inputs(), binding.bind_input),
+            (session.get_overridable_initializers(), binding.bind_input),
             (session.get_outputs(), binding.bind_output),
         ):
             for node in nodes:

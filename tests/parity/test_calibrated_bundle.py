@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx_ir")
 pytest.importorskip("av")
 pytest.importorskip("onnxruntime")
@@ -17,6 +18,7 @@ pytest.importorskip("onnxruntime")
 from gwp_edge.bundle import Bundle  # noqa: E402
 from gwp_edge.calibration.record import load_record, save_record  # noqa: E402
 from gwp_edge.errors import BuildError, SpecError  # noqa: E402
+from gwp_edge.export import onnx_recorder  # noqa: E402
 from gwp_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
 from gwp_edge.policy import load  # noqa: E402
 
@@ -76,6 +78,35 @@ def test_native_and_portable_graphs_share_one_weight_file(calibrated):
     graphs = bundle.manifest.graphs
     assert set(graphs) == {"native", "portable"}
     assert graphs["native"].denoise != graphs["portable"].denoise
+
+
+def test_float_matrices_of_both_graphs_are_held_once(calibrated, tmp_path, monkeypatch):
+    _, record = calibrated
+    monkeypatch.setattr(onnx_recorder, "LARGE_BYTES", 1)
+    shared = export_bundle(options(tmp_path / "a.gwp", calibration_record=record)).bundle
+    graphs = shared.manifest.graphs
+    given = {
+        (form, stage): {v.name for v in model.graph.input}
+        & {v.name for v in model.graph.initializer}
+        for form in graphs
+        for stage in ("vision", "prefill", "denoise")
+        for model in [
+            onnx.load(shared.file(getattr(graphs[form], stage)), load_external_data=False)
+        ]
+    }
+    matrices = given.pop(("portable", "denoise"))
+    assert "blocks.0.action_expert.attn2.to_out.0.weight" in matrices
+    assert given.pop(("portable", "prefill")) == matrices
+    assert not any(given.values())
+
+    read, asked = Bundle.weight, []
+    monkeypatch.setattr(Bundle, "weight", lambda self, name: asked.append(name) or read(self, name))
+    load(shared.root, threads=1).close()
+    assert sorted(asked) == sorted(matrices)
+    # It computes with what it was given: with other values it does not reproduce its golden answer.
+    monkeypatch.setattr(Bundle, "weight", lambda self, name: 2.0 * read(self, name))
+    with pytest.raises(BuildError, match="golden"):
+        load(shared.root, threads=1)
 
 
 def test_record_gives_the_same_bundle_again(calibrated, tmp_path):

@@ -73,11 +73,14 @@ def test_jump_is_accused(stream, jump_deg):
     assert "joint 4" in stream.violations[0]
 
 
-def test_motion_that_goes_on_after_an_accusation_is_not_accused_again(stream):
+@pytest.mark.parametrize("n_on", [1, 20])
+def test_what_goes_on_or_stops_after_an_accusation_is_not_accused_again(stream, n_on):
     stream.send(stream.pose)
-    for i in range(1, 20):
-        stream.send(turned(stream.pose, 0, 0.5 * 0.005 * i))
+    for i in range(20):
+        stream.send(turned(stream.pose, 0, 0.5 * 0.005 * min(i + 1, n_on)))
     assert len(stream.violations) == 1
+    stream.send(turned(stream.pose, 0, 0.5 * 0.005 * (n_on + 2)))
+    assert len(stream.violations) == 2
 
 
 def test_steady_speed_over_the_limit_is_accused(stream):

@@ -14,6 +14,8 @@ import pytest
 from run_rig import MOTOR, Run
 
 from gwp_edge import supervisor
+from gwp_edge.errors import SpecError
+from gwp_edge.motor_options import MotorOptions
 from gwp_edge.operator_input import Key, TerminalKeys
 from gwp_edge.status import EventKind, Mode, PolicyPhase
 
@@ -285,3 +287,10 @@ def test_standard_input_that_is_no_terminal_has_no_keys(monkeypatch, tmp_path):
         with TerminalKeys() as keys:
             assert not keys.available
             assert keys() is None
+
+
+def test_motor_rate_that_the_guardian_would_not_wait_for_is_refused(a_run):
+    with pytest.raises(SpecError, match="at least 30 Hz"):
+        a_run.start(motor=MotorOptions(rate_hz=20.0), guardian_timeout_s=0.05)
+    a_run.start(motor=MotorOptions(rate_hz=20.0), guardian_timeout_s=2.0, duration_s=0.2)
+    assert a_run.summary.outcome == "duration"
