@@ -143,8 +143,8 @@ class WitnessPiper(FakePiper):
             return
         joint.speed, joint.n_ticks = 0.0, 1
         if not self._was_reported(j, q, t_ns):
-            if before is not None and abs(q - before) <= self._speed[j]:
-                joint.pace = q - before  # one fault is one accusation
+            pace = 0.0 if before is None else (q - before) / n_late
+            joint.pace = pace if abs(pace) <= self._speed[j] else 0.0  # a fault is one accusation
             came = "nothing" if before is None else f"{before / 1e3:.3f} deg"
             self._accuse(
                 f"joint {j + 1} to {q / 1e3:.3f} deg from {came} after {after_ns / 1e6:.1f} ms: "

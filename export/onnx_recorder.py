@@ -146,12 +146,16 @@ class GraphRecorder:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gwp-edge")
 
     def large_matrices(self) -> set[str]:
-        """Return the names of float32 matrices in the weight file of ``LARGE_BYTES`` or more."""
+        """Return the names of float32 weights of products, of ``LARGE_BYTES`` or more.
+
+        Scales of codes are none: what fuses them with their codes wants constants.
+        """
+        factors = {id(node.inputs[1]) for node in self._nodes if node.op_type == "MatMul"}
         return {
             name
             for name, value in self._stored.items()
-            if dtype_of(value) == ir.DataType.FLOAT
-            and len(shape_of(value)) == 2
+            if id(value) in factors
+            and dtype_of(value) == ir.DataType.FLOAT
             and 4 * math.prod(shape_of(value)) >= LARGE_BYTES
         }
 

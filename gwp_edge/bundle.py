@@ -75,11 +75,11 @@ class Bundle:
         from safetensors import SafetensorError, safe_open
 
         path = self.file(self.manifest.weights)
-        with safe_open(path, "numpy") as file:
-            try:
+        try:
+            with safe_open(path, "numpy") as file:
                 array: npt.NDArray[Any] = file.get_tensor(name)
-            except SafetensorError as e:
-                raise SpecError(f"{path}: {e}; export the policy again") from e
+        except SafetensorError as e:
+            raise SpecError(f"{path}: {e}; export the policy again") from e
         return array
 
     @classmethod

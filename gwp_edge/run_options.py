@@ -55,18 +55,21 @@ class RunOptions:
             raise SpecError(f"duration: expected a positive time, got {self.duration_s} s")
         if self.motor.synchronous != self.policy.synchronous:
             raise SpecError("synchronous execution concerns policy and motor process alike")
-        if (
-            self.guardian
-            and self.guardian_timeout_s < _GUARDED_PERIODS * self.motor.period_ns / 1e9
-        ):
+        for name in ("guardian_timeout_s", "start_timeout_s", "recover_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise SpecError(f"{name}: expected a positive time, got {getattr(self, name)}")
+        least_s = _GUARDED_PERIODS * self.motor.period_ns / 1e9
+        if self.is_guarded and self.guardian_timeout_s < least_s:
             raise SpecError(
                 f"motor rate: at {self.motor.rate_hz:g} Hz the guardian, which takes over after "
                 f"{self.guardian_timeout_s * 1e3:g} ms of silence, would not wait for the next "
                 f"tick; expected at least {_GUARDED_PERIODS / self.guardian_timeout_s:g} Hz"
             )
-        for name in ("guardian_timeout_s", "start_timeout_s", "recover_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise SpecError(f"{name}: expected a positive time, got {getattr(self, name)}")
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether a guardian process watches the motor process: the arm takes two connections."""
+        return self.guardian and self.robot.arm.guardian and not self.motor.dry_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ class RunProcesses:
             extra=dict(extra),
         )
         words[Word.SUPERVISOR_PID] = os.getpid()
-        if options.guardian and options.robot.arm.guardian and not options.motor.dry_run:
+        if options.is_guarded:
             self.guardian = self._spawn(
                 "guardian",
                 guardian_main,

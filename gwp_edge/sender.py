@@ -48,7 +48,7 @@ class Sender:
     def begin(self, position: FloatArray) -> None:
         """Take it that the arm holds ``position``, shape (D,)."""
         self.last = position.copy()
-        self._t_last_ns = self._clock.now_ns()
+        self._t_last_ns = self._t_sent_ns = self._clock.now_ns()
 
     def has_paused(self, now_ns: int) -> bool:
         """Return whether the arm has come to ``last`` and stopped, for want of anything newer."""
@@ -69,7 +69,9 @@ class Sender:
             return False  # it took over while this tick was computed; the next one says so
         t_begin_ns = self._clock.now_ns()
         if self.has_paused(t_begin_ns) and not self.has_paused(t_tick_ns):
-            return False  # computed for an arm in motion, which has stopped since
+            # Computed for an arm in motion, which has stopped since.
+            self._words[Word.MOTOR_N_SEND_DROPPED] += 1
+            return False
         self.last[:] = command
         # Not the end: an interruption falls into the system calls rather than before them.
         self._t_last_ns = t_begin_ns
@@ -80,12 +82,13 @@ class Sender:
         except DeviceTimeoutError as e:
             self._words[Word.MOTOR_N_SEND_DROPPED] += 1
             self._n_dropped += 1
-            if self._n_dropped >= _DROPPED_IN_ROW:
+            if self._n_dropped >= _DROPPED_IN_ROW or t_begin_ns - self._t_sent_ns > self._pause_ns:
                 raise DeviceError(
                     f"{self._n_dropped} commands in a row could not be sent: {e}"
                 ) from e
             return False
         self._n_dropped = 0
+        self._t_sent_ns = t_begin_ns
         t_sent_ns = self._clock.now_ns()
         self.send_ns = t_sent_ns - t_begin_ns
         self._board.publish_command(command, t_sent_ns)

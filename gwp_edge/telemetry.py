@@ -109,7 +109,7 @@ class RunSummary:
         n_stale_observations: stretches in which no observation was fit for inference.
         n_rejected_chunks: not finite, and for other reasons.
         n_rejected_ticks: targets that the limiter refused.
-        n_dropped_sends: commands that the bus had no room for.
+        n_dropped_sends: commands that the bus had no room for, or that came too late to be sent.
         n_holds: times that a running arm went to hold.
         guardian_hold_ms: from the guardian's alarm to its hold command, None if it never acted.
         cameras: what each camera's driver said about itself at the end, by name.

@@ -78,7 +78,8 @@ class OrtEngine:
         self._bindings: dict[Stage, ort.IOBinding] = {}
         self._task: str | None = None
         self._load_tables()
-        self._load_shared_weights()
+        if weights == "packed":
+            self._load_shared_weights()
         for stage in STAGES:
             self._bind(stage)
 
@@ -125,6 +126,10 @@ class OrtEngine:
                 if node.name not in self._buffers:
                     self._buffers[node.name] = self._bundle.weight(node.name)
 
+    def _shared(self, session: ort.InferenceSession) -> list[ort.NodeArg]:
+        """Return the weights of a graph that were read here; the library maps the others."""
+        return [n for n in session.get_overridable_initializers() if n.name in self._buffers]
+
     def _buffer(self, node: ort.NodeArg) -> npt.NDArray[Any]:
         """Return the buffer of a graph value; values of one name share it between graphs."""
         dtype = _DTYPES.get(node.type)
@@ -146,7 +151,7 @@ class OrtEngine:
         binding = session.io_binding()
         for nodes, bind in (
             (session.get_inputs(), binding.bind_input),
-            (session.get_overridable_initializers(), binding.bind_input),
+            (self._shared(session), binding.bind_input),
             (session.get_outputs(), binding.bind_output),
         ):
             for node in nodes:

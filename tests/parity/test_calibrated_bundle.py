@@ -101,12 +101,28 @@ def test_float_matrices_of_both_graphs_are_held_once(calibrated, tmp_path, monke
 
     read, asked = Bundle.weight, []
     monkeypatch.setattr(Bundle, "weight", lambda self, name: asked.append(name) or read(self, name))
+    load(shared.root, threads=1, weights="mapped").close()
+    assert not asked
     load(shared.root, threads=1).close()
     assert sorted(asked) == sorted(matrices)
     # It computes with what it was given: with other values it does not reproduce its golden answer.
     monkeypatch.setattr(Bundle, "weight", lambda self, name: 2.0 * read(self, name))
     with pytest.raises(BuildError, match="golden"):
         load(shared.root, threads=1)
+
+
+def test_block_scales_of_int4_stay_constants(tmp_path, monkeypatch):
+    """What fuses them with their codes asks for constants."""
+    monkeypatch.setattr(onnx_recorder, "LARGE_BYTES", 1)
+    given = dataclasses.replace(options(tmp_path / "a.gwp", "w4", "gwp0"), calibration=None)
+    bundle = export_bundle(given).bundle
+    model = onnx.load(
+        bundle.file(bundle.manifest.graphs["portable"].denoise), load_external_data=False
+    )
+    held = {v.name for v in model.graph.input} & {v.name for v in model.graph.initializer}
+    assert held
+    assert not any("scale" in name for name in held)
+    assert bundle.manifest.golden.checked_with == ("ort cpu",)
 
 
 def test_record_gives_the_same_bundle_again(calibrated, tmp_path):

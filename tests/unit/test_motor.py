@@ -339,6 +339,7 @@ def test_command_for_an_arm_that_has_stopped_since_is_not_sent(rig, monkeypatch)
     before = rig.arm.sent[-1]
     interrupt(rig, monkeypatch, 40 * MS)
     assert len(rig.arm.sent) == n + 1
+    assert rig.words[Word.MOTOR_N_SEND_DROPPED] == 1
     rig.plan(1.0)
     rig.ticks(1)
     assert len(rig.arm.sent) == n + 2
@@ -441,6 +442,20 @@ def test_dropped_commands_are_counted_and_five_in_a_row_fault(rig):
     assert rig.loop.mode is Mode.RUN
     assert rig.words[Word.MOTOR_N_SEND_DROPPED] == 8
     rig.ticks(1)
+    assert rig.loop.mode is Mode.FAULT
+
+
+def test_commands_dropped_for_longer_than_a_pause_fault(make_rig):
+    """At a low rate five of them take so long that the arm has stopped meanwhile."""
+    rig = make_rig(rate_hz=30.0)
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.arm.send_failure = DeviceTimeoutError("queue full")
+    for _ in range(3):
+        rig.clock.advance(33 * MS)
+        rig.loop.tick(rig.clock.now_ns())
+    assert rig.loop.mode is not Mode.FAULT
+    rig.clock.advance(33 * MS)
+    rig.loop.tick(rig.clock.now_ns())
     assert rig.loop.mode is Mode.FAULT
 
 

@@ -11,7 +11,8 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 | likewise | test_policy_process: cameras_are_watched_between_plans |
 | old joint feedback | test_motor: old_feedback_warns_then_holds_then_faults; here: silence_* |
 | arm does not follow | test_motor: arm_that_does_not_follow; here: stuck_joint |
-| transmit queue full | test_motor: dropped_commands; here: full_queue_* |
+| transmit queue full | test_motor: dropped_commands, dropped_for_longer; here: full_queue_* |
+| motor loop paused | test_motor: pause_is_measured, arm_that_has_stopped_since, loop_that_paused |
 | bus-off, interface down | here: bus_off_*, interface_that_goes_down |
 | arm status, driver bits | here: status_fault_*, driver_bit_*; test_motor: arm_fault_is_latched |
 | status 4 | here: passing_status_*; test_motor: caution_holds_once |

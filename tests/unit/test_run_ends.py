@@ -290,7 +290,11 @@ def test_standard_input_that_is_no_terminal_has_no_keys(monkeypatch, tmp_path):
 
 
 def test_motor_rate_that_the_guardian_would_not_wait_for_is_refused(a_run):
+    with pytest.raises(SpecError, match="guardian_timeout_s: expected a positive time"):
+        a_run.start(guardian_timeout_s=0.0)
     with pytest.raises(SpecError, match="at least 30 Hz"):
         a_run.start(motor=MotorOptions(rate_hz=20.0), guardian_timeout_s=0.05)
     a_run.start(motor=MotorOptions(rate_hz=20.0), guardian_timeout_s=2.0, duration_s=0.2)
     assert a_run.summary.outcome == "duration"
+    slow = MotorOptions(rate_hz=20.0, dry_run=True)
+    assert a_run.start(motor=slow, guardian_timeout_s=0.05, duration_s=0.2).outcome == "duration"
