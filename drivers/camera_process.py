@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import enum
-import os
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
-from gwp_edge.child_process import leave_terminal
+from gwp_edge.child_process import die_with_parent, leave_terminal
 from gwp_edge.errors import DeviceError, GwpError
 from gwp_edge.frame_ring import FrameRing
 from gwp_edge.robots import import_callable
@@ -20,7 +16,6 @@ from gwp_edge.types import ClockDomain, ImageArray
 
 _READ_TIMEOUT_NS: Final = 200_000_000
 _POLL_S: Final = 0.005
-_PR_SET_PDEATHSIG: Final = 1
 _WORDS_BYTES: Final = 128
 _TEXT_BYTES: Final = 1024
 
@@ -206,14 +201,6 @@ def host_main(
         # Stopping a device that is gone may hang; the keeper does not wait for it.
         if source is not None:
             source.close()
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it went before the call
-        sys.exit(1)
 
 
 def _await_ring(segment: CameraSegment) -> FrameRing | None:

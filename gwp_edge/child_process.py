@@ -8,12 +8,15 @@ how to bring the arm to rest, and those who move and hold the arm must live unti
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Final
 
+_PR_SET_PDEATHSIG: Final = 1
 FROM_OUTSIDE: Final = frozenset(
     {
         signal.SIGINT,
@@ -57,3 +60,11 @@ def leave_terminal(
     else:
         signal.signal(signal.SIGTERM, lambda _number, _frame: on_terminate())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, FROM_OUTSIDE)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it went before the call
+        sys.exit(1)

@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from gwp_edge.child_process import leave_terminal
+from gwp_edge.child_process import die_with_parent, leave_terminal
 from gwp_edge.chunking import Guidance, frozen_rows
 from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError, SpecError, StaleError
@@ -91,6 +91,8 @@ def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
     """Run the policy process to its end; exits with 1 when something failed."""
     # The supervisor ends this process once the arm stands; a plan more does no harm until then.
     leave_terminal()
+    # It may hang in a library by then, and keep the memory of a whole network.
+    die_with_parent(setup.supervisor_pid)
     spec = setup.spec
     board = Board.attach(setup.board, spec.n_channels, spec.n_rows)
     say = board.events["policy"].say
