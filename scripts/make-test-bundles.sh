@@ -18,4 +18,4 @@ bundle gwp05-exact gwp05 --timesteps exact
 bundle gwp0-exact gwp0 --timesteps exact
 bundle gwp05-fp16 gwp05 --precision fp16
 bundle gwp05-int8 gwp05 --precision int8 --calibration tests/data/dataset --samples 8 --observer minmax --no-smoothing --no-budget
-bundle gwp0-w8 gwp0 --precision w8
+bundle gwp0-w8 gwp0 --precision w8 --no-budget
