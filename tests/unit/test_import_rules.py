@@ -227,3 +227,24 @@ print(json.dumps(problems))
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
+
+
+COLLECT = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "onnx", "onnx_ir")))
+import pytest
+sys.exit(pytest.main(
+    ["--collect-only", "-q", "-m", "not export", "-p", "no:cacheprovider", sys.argv[1]]
+))
+"""
+
+
+def test_tests_of_the_runtime_are_found_without_what_only_the_export_needs():
+    """Where the runtime is tested there is no torch; a file that imports it stops all the others."""
+    run = subprocess.run(
+        [sys.executable, "-c", COLLECT, Path(__file__).parents[1]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]

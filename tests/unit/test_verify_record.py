@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
