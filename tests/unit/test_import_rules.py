@@ -240,7 +240,7 @@ sys.exit(pytest.main(
 
 
 def test_tests_of_the_runtime_are_found_without_what_only_the_export_needs():
-    """Where the runtime is tested there is no torch; a file that imports it stops all the others."""
+    """Where the runtime is tested there is no torch; one file that imports it stops them all."""
     run = subprocess.run(
         [sys.executable, "-c", COLLECT, Path(__file__).parents[1]],
         capture_output=True,
