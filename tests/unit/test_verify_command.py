@@ -79,6 +79,7 @@ def test_stats_with_bad_input_says_why_and_writes_nothing(tmp_path, arguments, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.export
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -137,6 +137,7 @@ def test_statistics_of_another_robot_are_noted(dataset):
     assert "left_joint1" in judged(100.0)[0]
 
 
+@pytest.mark.export
 def test_one_prompt_serves_a_dataset_with_other_instructions_and_the_report_says_so(dataset):
     from types import SimpleNamespace
 
