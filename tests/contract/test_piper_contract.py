@@ -355,7 +355,7 @@ def test_process_that_ends_closes_the_bus(tmp_path):
         arm.open(enable=True)
         pose = arm.state().position
     with pytest.raises(DeviceError, match=r"closed by the other side|failed"):
-        arm.state()
+        wait_for(lambda: arm.state() is None)  # what is still on the way is read first
     with pytest.raises(DeviceError):
         arm.send(pose)
     arm.close()

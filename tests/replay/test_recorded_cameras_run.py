@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -152,4 +153,5 @@ def test_camera_that_is_replaced_in_a_run_is_told_in_the_summary():
     told = [f for f in summary.faults if f.startswith("camera cam_high")]
     assert any("restarted 1x" in f and "signal 9" in f for f in told), summary.faults
     assert "restarted 1x" in summary.cameras["cam_high"]
-    assert summary.cameras["cam_left_wrist"].endswith(" frames, 0 dropped")
+    # The others are not concerned; a busy machine may drop a frame of theirs.
+    assert re.fullmatch(r"\d+ frames, \d+ dropped", summary.cameras["cam_left_wrist"])
