@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gwp_edge.safety import ACCELERATION as ACCELERATION_ACTED
 from gwp_edge.safety import Limiter
 from gwp_edge.types import JointLimits
 
@@ -134,6 +135,23 @@ def test_limiter_once_inside_the_old_way_out_is_closed(side):
     assert out[401:].max() <= HIGH
     partly = side * _run(side * (HIGH + 0.2), [side * (HIGH + 0.1)] * 400 + [side * 1.2] * 400)
     assert partly[401:].max() <= partly[400] + EPS
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_limiter_rest_at_a_pose_outside_goes_on_from_there(side):
+    """Commands that never left have drawn the limit in; the arm is still where it was."""
+    limiter = Limiter(_limits(), period_s=PERIOD_S)
+    limiter.seed(np.array([side * (HIGH + 0.2)]))
+    ways_in = [float(limiter.step(np.array([side * 0.5]))[0]) for _ in range(60)]
+    limiter.rest(np.array([ways_in[20]]))
+    assert limiter.standing
+    assert limiter.flags == [ACCELERATION_ACTED]  # a plan that comes now fades from here
+    assert limiter.position[0] == ways_in[20]
+    _check_limits(
+        np.array(
+            [ways_in[20]] + [float(limiter.step(np.array([side * 0.5]))[0]) for _ in range(400)]
+        )
+    )
 
 
 @settings(max_examples=80, deadline=None)
