@@ -83,7 +83,7 @@ class MotorLoop:
         self._resume_count = self._words[Word.RESUME_COUNT]
         self._braking = False
         self._stop_wanted = self._parking_begun = False
-        self._t_warned_ns = 0
+        self._t_warned_ns = self._t_pause_said_ns = 0
         self._caution: str | None = None
         self._measured: FloatArray = np.zeros(len(channels))
         self._t_feedback_ns = 0
@@ -151,9 +151,26 @@ class MotorLoop:
 
     def _begin_tick(self, now_ns: int) -> None:
         self._t_tick_ns = now_ns
-        if self._sender.has_paused(now_ns):
+        paused_ns = self._sender.paused_ns(now_ns)
+        if paused_ns:
             # Going on at speed, or from a command that never left, would jerk the arm.
             self._limiter.rest(self._sender.last)
+            self._see_pause(paused_ns, now_ns)
+
+    def _see_pause(self, paused_ns: int, now_ns: int) -> None:
+        is_moving = self.mode in (Mode.APPROACH, Mode.RUN, Mode.PARK)
+        if not is_moving or now_ns - self._t_pause_said_ns <= _WARN_EVERY_NS:
+            return
+        self._t_pause_said_ns = now_ns
+        send_ns = self._sender.send_ns
+        if send_ns > paused_ns // 2:
+            why = f"the arm's driver took {send_ns / 1e6:.0f} ms to send one"
+        else:
+            why = "something held the motor loop up, the arm's driver or other programs"
+        self._say(
+            EventKind.WARNING,
+            f"no command for {paused_ns / 1e6:.0f} ms, the arm goes on from rest: {why}",
+        )
 
     # Inputs
 

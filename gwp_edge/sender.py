@@ -50,9 +50,13 @@ class Sender:
         self.last = position.copy()
         self._t_last_ns = self._t_sent_ns = self._clock.now_ns()
 
-    def has_paused(self, now_ns: int) -> bool:
-        """Return whether the arm has come to ``last`` and stopped, for want of anything newer."""
-        return now_ns - self._t_last_ns > self._pause_ns
+    def paused_ns(self, now_ns: int) -> int:
+        """Return for how long the arm has had nothing newer than ``last``, ns.
+
+        0 while that is too short for it to have come there and stopped.
+        """
+        since_ns = now_ns - self._t_last_ns
+        return since_ns if since_ns > self._pause_ns else 0
 
     def send(self, command: FloatArray, t_tick_ns: int) -> bool:
         """Send ``command``, shape (D,); return whether it went out.
@@ -68,7 +72,7 @@ class Sender:
         if self._words[Word.GUARDIAN_TRIPPED_NS]:
             return False  # it took over while this tick was computed; the next one says so
         t_begin_ns = self._clock.now_ns()
-        if self.has_paused(t_begin_ns) and not self.has_paused(t_tick_ns):
+        if self.paused_ns(t_begin_ns) and not self.paused_ns(t_tick_ns):
             # Computed for an arm in motion, which has stopped since.
             self._words[Word.MOTOR_N_SEND_DROPPED] += 1
             return False

@@ -306,6 +306,29 @@ def test_loop_that_paused_begins_from_rest(rig):
     assert np.abs(rig.arm.sent[-1] - rig.arm.sent[-2]).max() > 0.5 * 0.005
 
 
+def test_pause_is_said_with_what_took_so_long(rig, monkeypatch):
+    rig.run(speed=1.0)
+    rig.clock.advance(60 * MS)
+    rig.ticks(1)
+    assert said_pauses(rig) == [
+        "no command for 65 ms, the arm goes on from rest: something held the motor loop up, the "
+        "arm's driver or other programs"
+    ]
+    send = rig.arm.send
+    monkeypatch.setattr(
+        rig.arm, "send", lambda command: rig.clock.advance(70 * MS) or send(command)
+    )
+    rig.ticks(30, every=1, speed=1.0)
+    assert rig.loop.mode is Mode.RUN
+    said = said_pauses(rig)[1:]
+    assert "driver took 70 ms to send one" in said[0]
+    assert len(said) == 2, "30 pauses of 75 ms: once a second is enough"
+
+
+def said_pauses(rig):
+    return [text for text in rig.said(EventKind.WARNING) if text.startswith("no command")]
+
+
 def interrupt(rig, monkeypatch, duration_ns):
     """Let the next tick pause for so long in its middle."""
     state = rig.arm.state
