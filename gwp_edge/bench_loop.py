@@ -30,7 +30,7 @@ from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.motor_process import ArmSetup
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig, create_arm
 from gwp_edge.run_options import RunOptions, RunStatus
 from gwp_edge.runtime import run

@@ -93,6 +93,9 @@ class Observer:
 
     The oldest frame's capture time is the observation's time, and the state is the one of that
     time: what the policy sees is one moment, and the plan counts from it.
+
+    Attributes:
+        limits: when an observation is too old.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class Observer:
     ) -> None:
         self._cameras = cameras
         self._states = states
-        self._limits = limits
+        self.limits = limits
         self._t_seen_ns = 0
         self._t_unusable_ns: int | None = None
 
@@ -115,7 +118,7 @@ class Observer:
             return False
         frozen_ns = now_ns - self._t_seen_ns
         unusable_ns = now_ns - self._t_unusable_ns
-        limit_ns = self._limits.stall_ns
+        limit_ns = self.limits.stall_ns
         return frozen_ns > limit_ns or unusable_ns > limit_ns
 
     def observe(self, now_ns: int) -> Observation:
@@ -142,18 +145,18 @@ class Observer:
             for camera, frame in zip(self._cameras, newest, strict=True)
         ]
         times = [f.t_captured_ns for f in frames]
-        if max(times) - min(times) > self._limits.frame_skew_ns:
+        if max(times) - min(times) > self.limits.frame_skew_ns:
             oldest = frames[times.index(min(times))].camera
             raise StaleError(
                 f"frames are {(max(times) - min(times)) / 1e6:.0f} ms apart (oldest: {oldest}), "
-                f"allowed {self._limits.frame_skew_ns / 1e6:.0f} ms"
+                f"allowed {self.limits.frame_skew_ns / 1e6:.0f} ms"
             )
         self._states.refresh()
         age_ns = now_ns - self._states.t_newest_ns
-        if age_ns > self._limits.state_age_ns:
+        if age_ns > self.limits.state_age_ns:
             raise StaleError(
                 f"the arm's state is {age_ns / 1e6:.0f} ms old, "
-                f"allowed {self._limits.state_age_ns / 1e6:.0f} ms"
+                f"allowed {self.limits.state_age_ns / 1e6:.0f} ms"
             )
         state, t_state_ns = self._states.at(min(times))
         if not np.isfinite(state).all():
@@ -164,9 +167,9 @@ class Observer:
         if frame is None:
             raise StaleError(f"camera {name} has delivered no frame yet")
         age_ns = now_ns - frame.t_captured_ns
-        if age_ns > self._limits.frame_age_ns:
+        if age_ns > self.limits.frame_age_ns:
             raise StaleError(
                 f"camera {name}: the newest frame is {age_ns / 1e6:.0f} ms old, "
-                f"allowed {self._limits.frame_age_ns / 1e6:.0f} ms"
+                f"allowed {self.limits.frame_age_ns / 1e6:.0f} ms"
             )
         return frame

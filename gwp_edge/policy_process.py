@@ -6,8 +6,8 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from os import getppid
 from typing import cast
 
@@ -19,72 +19,21 @@ from gwp_edge.clock import MonotonicClock
 from gwp_edge.errors import DeviceError, GwpError, SpecError, StaleError
 from gwp_edge.mailbox import Board
 from gwp_edge.observe import ObservationLimits, Observer, StateHistory
-from gwp_edge.preflight import (
-    check_calibration,
-    check_cameras,
-    check_first_action,
-    check_golden,
-    check_latency,
-    check_statistics,
-    note_bundle,
-)
+from gwp_edge.policy_checks import POLL_NS, PolicyChecks
+from gwp_edge.policy_options import PolicyOptions, PolicySetup
 from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Camera, HealthReporter, Policy
 from gwp_edge.record_tap import PolicyTap
-from gwp_edge.robots import RobotConfig, create_camera, import_callable, world_options
+from gwp_edge.robots import create_camera, import_callable, world_options
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, PolicyPhase, Word
-from gwp_edge.telemetry import CheckResult
 from gwp_edge.types import Chunk, Observation
 
 logger = logging.getLogger(__name__)
 
-_POLL_NS = 2_000_000
 _LOOK_NS = 20_000_000
-_FIRST_FRAME_NS = 10_000_000_000
-_N_WARM_UP = 3
 _N_REMEMBERED = 8
 _WARN_EVERY_NS = 1_000_000_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyOptions:
-    """How the policy process runs.
-
-    Attributes:
-        factory: "module:function" that makes the policy.
-        kwargs: its keyword arguments.
-        guidance: how a new chunk follows the old one; its rows are set from the latency.
-        latency_margin_ns: added to the p95 latency when rows are frozen.
-        replan_hz: chunks per second at most; None for as many as possible.
-        synchronous: plan only while the arm stands at the end of the last plan.
-        limits: when an observation is too old; None takes the robot's.
-        tap: where to hand every chunk to a recorder; None records nothing.
-    """
-
-    factory: str
-    kwargs: Mapping[str, object] = field(default_factory=dict)
-    guidance: Guidance = field(default_factory=Guidance)
-    latency_margin_ns: int = 10_000_000
-    replan_hz: float | None = None
-    synchronous: bool = False
-    limits: ObservationLimits | None = None
-    tap: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.replan_hz is not None and not 0 < self.replan_hz <= 1000:
-            raise SpecError(f"replan rate: expected above 0 up to 1000 Hz, got {self.replan_hz}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicySetup:
-    """What the process needs; crosses to it by pickle."""
-
-    board: str
-    spec: PolicySpec
-    robot: RobotConfig
-    supervisor_pid: int
-    extra: dict[str, object] = field(default_factory=dict)
 
 
 def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
@@ -169,8 +118,8 @@ class _Runner:
         self._supervisor_pid = setup.supervisor_pid
         self._clock = MonotonicClock()
         states = StateHistory(board)
-        self._limits = options.limits or ObservationLimits.of(setup.robot.observation)
-        self._observer = Observer(cameras, states, self._limits)
+        limits = options.limits or ObservationLimits.of(setup.robot.observation)
+        self._observer = Observer(cameras, states, limits)
         self._say = board.events["policy"].say
         self._published: deque[Chunk] = deque(maxlen=_N_REMEMBERED)
         self._latencies_ns: deque[int] = deque(maxlen=20)
@@ -186,8 +135,13 @@ class _Runner:
 
     def run(self) -> None:
         """Check, warm up, then plan until told to stop."""
-        if not self._preflight():
+        checks = PolicyChecks(
+            self._board, self._policy, self._observer, self._options, self._clock, self._is_over
+        )
+        latency_ns = checks.run()
+        if latency_ns is None:
             return
+        self._latencies_ns.append(latency_ns)
         self._words[Word.POLICY_PHASE] = PolicyPhase.READY
         period_ns = round(1e9 / self._options.replan_hz) if self._options.replan_hz else 0
         t_next_ns = self._clock.now_ns()
@@ -207,7 +161,7 @@ class _Runner:
             ):
                 if is_due and observation is not None:
                     self._looked = (now_ns, tuple(f.frame_idx for f in observation.frames))
-                self._clock.sleep_until_ns(now_ns + _POLL_NS)
+                self._clock.sleep_until_ns(now_ns + POLL_NS)
                 continue
             self._t_last_observed_ns = observation.t_observed_ns
             t_built_ns, cpu_ns = self._clock.now_ns(), time.process_time_ns()
@@ -364,86 +318,3 @@ class _Runner:
         """Let go of the recorder's memory."""
         if self._tap is not None:
             self._tap.close()
-
-    # Preflight
-
-    def _preflight(self) -> bool:
-        """Run this process's checks; return False when the end came first."""
-        loaded_with = self._options.kwargs
-        for line in (*note_bundle(loaded_with), *check_calibration(loaded_with)):
-            self._check(line)
-        t_golden_ns = self._clock.now_ns()
-        self._check(check_golden(self._policy))
-        n_called = self._stamp_golden(t_golden_ns)
-        observation = self._await_observation()
-        if observation is None:
-            return False
-        self._check(check_cameras(observation, self._clock.now_ns(), self._limits))
-        self._check(check_statistics(self._spec, observation.state))
-        chunk: Chunk | None = None
-        latency_ns = 0
-        for i in range(_N_WARM_UP):
-            fresh = self._await_observation()
-            if fresh is None:
-                return False
-            observation, t_ns = fresh, self._clock.now_ns()
-            chunk = self._policy.predict(observation)
-            t_predicted_ns = self._clock.now_ns()
-            latency_ns = t_predicted_ns - t_ns
-            self._board.stamps.append(
-                stamp_record(
-                    -1 - n_called - i,
-                    observation,
-                    self._policy.timing,
-                    t_started_ns=t_ns,
-                    t_built_ns=t_ns,
-                    t_predicted_ns=t_predicted_ns,
-                    t_published_ns=t_predicted_ns,
-                )
-            )
-        if chunk is not None and self._options.guidance.warm_start_sigma < 1:
-            # It takes fewer steps: an engine that captures whole chunks captures that one apart.
-            self._policy.predict(observation, previous=chunk, guidance=self._options.guidance)
-        self._latencies_ns.append(latency_ns)
-        self._check(check_latency(latency_ns, self._spec, synchronous=self._options.synchronous))
-        if chunk is not None:
-            self._check(check_first_action(self._spec, chunk, observation.state))
-        return True
-
-    def _stamp_golden(self, t_begin_ns: int) -> int:
-        """Stamp the golden run as the first call, which is the cold one; return 1 if it was one."""
-        t_end_ns = self._clock.now_ns()
-        try:
-            timing = self._policy.timing
-        except SpecError:
-            return 0
-        if not 0 < timing.total_ns <= t_end_ns - t_begin_ns:
-            return 0  # this policy predicts nothing for its golden run
-        self._board.stamps.append(
-            stamp_record(
-                -1,
-                None,
-                timing,
-                t_started_ns=t_end_ns - timing.total_ns,
-                t_built_ns=t_end_ns - timing.total_ns,
-                t_predicted_ns=t_end_ns,
-                t_published_ns=t_end_ns,
-            )
-        )
-        return 1
-
-    def _await_observation(self) -> Observation | None:
-        deadline_ns = self._clock.now_ns() + _FIRST_FRAME_NS
-        while not self._is_over():
-            now_ns = self._clock.now_ns()
-            try:
-                return self._observer.observe(now_ns)
-            except StaleError as e:
-                if now_ns > deadline_ns:
-                    raise StaleError(f"no observation in {_FIRST_FRAME_NS / 1e9:.0f} s: {e}") from e
-            self._clock.sleep_until_ns(now_ns + _POLL_NS)
-        return None
-
-    def _check(self, result: CheckResult) -> None:
-        kind = EventKind.CHECK_PASSED if result.passed else EventKind.CHECK_FAILED
-        self._say(kind, f"{result.name}: {result.detail}")

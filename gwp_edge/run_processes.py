@@ -14,7 +14,8 @@ from gwp_edge.child_process import start_shielded
 from gwp_edge.guardian import guardian_main
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_process import ArmSetup, motor_main
-from gwp_edge.policy_process import PolicySetup, policy_main
+from gwp_edge.policy_options import PolicySetup
+from gwp_edge.policy_process import policy_main
 from gwp_edge.run_options import RunOptions
 from gwp_edge.status import Word
 

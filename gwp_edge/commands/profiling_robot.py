@@ -74,7 +74,7 @@ def profile_on_robot(
 def _run_options(given: RobotRun, spec: PolicySpec) -> RunOptions:
     from gwp_edge.chunking import Guidance
     from gwp_edge.motor_options import MotorOptions
-    from gwp_edge.policy_process import PolicyOptions
+    from gwp_edge.policy_options import PolicyOptions
     from gwp_edge.robots import load_robot
     from gwp_edge.run_options import RunOptions
 

@@ -86,7 +86,7 @@ def run(
     from gwp_edge.chunking import Guidance
     from gwp_edge.manifest import read_spec
     from gwp_edge.motor import MotorOptions
-    from gwp_edge.policy_process import PolicyOptions
+    from gwp_edge.policy_options import PolicyOptions
     from gwp_edge.robots import load_robot
     from gwp_edge.run_options import RunOptions
 

@@ -18,7 +18,7 @@ from gwp_edge.drivers.lerobot_options import map_features, parse_options
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.testing import make_spec

@@ -13,7 +13,7 @@ from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorOptions
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.record import Recorder
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run

@@ -15,7 +15,7 @@ from gwp_edge.commands.sessions import replay as replay_command
 from gwp_edge.errors import SpecError
 from gwp_edge.motor import MotorOptions
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.replay import replay
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run

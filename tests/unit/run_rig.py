@@ -8,7 +8,7 @@ import numpy as np
 from gwp_edge.drivers.kinematic import channel_limits
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.status import Mode

@@ -9,7 +9,8 @@ import pytest
 
 from gwp_edge.mailbox import Board
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.policy_process import PolicyOptions, PolicySetup, _Runner
+from gwp_edge.policy_options import PolicyOptions, PolicySetup
+from gwp_edge.policy_process import _Runner
 from gwp_edge.robots import load_robot
 from gwp_edge.status import Mode, PolicyPhase, Word
 from gwp_edge.testing import create_scripted_policy, make_spec

@@ -14,7 +14,7 @@ from run_rig import MOTOR
 
 from gwp_edge import runtime
 from gwp_edge.operator_input import Key
-from gwp_edge.policy_process import PolicyOptions
+from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.robots import load_robot
 from gwp_edge.run_report import Findings
 from gwp_edge.runtime import RunOptions, run
