@@ -204,9 +204,10 @@ def enable(port: Port, *, speed_percent: int, gripper_effort_mnm: int) -> None:
         DeviceError: refused, did not enable, or moved while enabling.
     """
     check_ready(port.feedback)
-    # A pose from before a busy moment would be a wrong target: take one that is new now.
-    poses = port.feedback.n_poses
-    if not port.wait(SILENCE_NS, lambda: port.feedback.n_poses > poses):
+    # A pose from before a busy moment would be a wrong target, and frames may have waited since
+    # then: a receive queue that nobody read is full of old ones. Their stamps tell.
+    begin_ns = port.clock.now_ns()
+    if not port.wait(SILENCE_NS, lambda: port.feedback.t_pose_ns >= begin_ns):
         raise DeviceTimeoutError(f"{port.feedback.name}: the joint angles stopped coming")
     seed = make_command(port.feedback.joint_mdeg, None)
     _send_patiently(port, lambda: port.link.command(seed))

@@ -91,15 +91,27 @@ class CanTransport(Protocol):
 class RealtimeOffset:
     """Maps CLOCK_REALTIME stamps, as the kernel makes them, to the monotonic clock.
 
-    The offset is measured again before every drain, so a step of the wall clock cannot make
-    frames look old for longer than one drain. Threads: one owner.
+    The offset is measured again before every drain. Frames that were stamped before a step of the
+    wall clock would then be off by the step, so that a healthy arm looked silent: whatever a stamp
+    says, a frame came after the queue was last found empty, and not in the future. Threads: one
+    owner.
     """
 
     _QUICK_NS = 50_000
 
     def __init__(self) -> None:
         self.offset_ns = time.monotonic_ns() - time.time_ns()
+        self._t_emptied_ns = self._t_drain_ns = time.monotonic_ns()
         self.measure()
+
+    def begin_drain(self) -> None:
+        """Prepare for the stamps of what waits now."""
+        self._t_drain_ns = time.monotonic_ns()
+        self.measure()
+
+    def end_drain(self) -> None:
+        """Note that nothing older than the begin of this drain waits any more."""
+        self._t_emptied_ns = self._t_drain_ns
 
     def measure(self) -> bool:
         """Measure the offset; keep the last one, and return False, when interrupted meanwhile."""
@@ -112,8 +124,12 @@ class RealtimeOffset:
         return True
 
     def monotonic_ns(self, realtime_ns: int) -> int:
-        """Return the monotonic time of a CLOCK_REALTIME stamp."""
-        return realtime_ns + self.offset_ns
+        """Return the monotonic time of the CLOCK_REALTIME stamp of a frame of this drain."""
+        t_ns = realtime_ns + self.offset_ns
+        if t_ns < self._t_emptied_ns:
+            return self._t_emptied_ns
+        # What arrives while the queue is drained is taken to have come at its begin.
+        return t_ns if t_ns < self._t_drain_ns else self._t_drain_ns
 
 
 def pack_filters(can_ids: Sequence[int]) -> bytes:
@@ -163,8 +179,8 @@ class SocketCan:
 
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
-        self._offset.measure()
-        offset_ns = self._offset.offset_ns
+        offset = self._offset
+        offset.begin_drain()
         frames: list[StampedFrame] = []
         for _ in range(_MAX_CALLS):
             view, n = self._packets.receive()
@@ -173,12 +189,13 @@ class SocketCan:
                 now_ns = time.time_ns()
                 stamps = [stamp_ns or now_ns for stamp_ns in stamps]
             frames += [
-                (can_id, data if length == 8 else data[:length], stamp_ns + offset_ns)
+                (can_id, data if length == 8 else data[:length], offset.monotonic_ns(stamp_ns))
                 for (can_id, length, data), stamp_ns in zip(
                     CAN_FRAME.iter_unpack(view), stamps, strict=True
                 )
             ]
             if n < _CALL_FRAMES:
+                offset.end_drain()
                 break
         return frames
 
@@ -330,9 +347,13 @@ class VirtualCan:
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
         bus = self._open_bus()
-        self._offset.measure()
+        self._offset.begin_drain()
         frames: list[StampedFrame] = []
-        while len(frames) < _MAX_DRAIN and (message := bus.recv(timeout=0)) is not None:
+        for _ in range(_MAX_DRAIN):
+            message = bus.recv(timeout=0)
+            if message is None:
+                self._offset.end_drain()
+                break
             can_id = message.arbitration_id
             t_ns = self._offset.monotonic_ns(int(message.timestamp * 1e9))
             if message.is_error_frame:

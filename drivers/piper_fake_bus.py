@@ -49,14 +49,14 @@ class MemoryWire:
         """Let the fake arm live up to now; every end hears what it says."""
         frames = self.fake.step(self.clock.now_ns())
         for end in self._ends:
-            end.queue += frames
+            end.queue_up(frames)
 
     def say(self, sender: MemoryCan, can_id: int, data: bytes) -> None:
         """Carry a frame of ``sender`` to the arm and to every other end."""
         self.fake.hear(can_id, data)
         for end in self._ends:
             if end is not sender:
-                end.queue.append((can_id, data, self.clock.now_ns()))
+                end.queue_up([(can_id, data, self.clock.now_ns())])
 
 
 class MemoryCan:
@@ -67,6 +67,7 @@ class MemoryCan:
         down: the interface is gone.
         sent: every frame that was sent.
         queue: frames that wait to be received.
+        most: so many at most; more are lost, the newest ones, as by a socket that nobody reads.
     """
 
     def __init__(self, wire: MemoryWire, name: str) -> None:
@@ -75,8 +76,14 @@ class MemoryCan:
         self.down = False
         self.sent: list[Frame] = []
         self.queue: list[StampedFrame] = []
+        # About what 212992 bytes of receive buffer, Linux's default, hold.
+        self.most = 277
         self._wire = wire
         self._wanted = frozenset(RECEIVED_IDS)
+
+    def queue_up(self, frames: Sequence[StampedFrame]) -> None:
+        """Let ``frames`` arrive, as far as there is room."""
+        self.queue += frames[: max(0, self.most - len(self.queue))]
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""

@@ -324,6 +324,11 @@ class PiperFeedback:
             return 0
         return min(self.t_pose_ns, self.t_gripper_ns)
 
+    @property
+    def t_oldest_ns(self) -> int:
+        """Stamp of what has not been heard for longest of what comes by itself; 0: never."""
+        return min(self.t_pose_ns, self.t_gripper_ns, self.t_status_ns, *self.t_slow_ns)
+
     def missing(self) -> list[str]:
         """Return what the arm should report and has not yet, in words."""
         gaps = []

@@ -112,11 +112,12 @@ class SdkLink:
 
         if self._port.recv_bus is None:
             raise DeviceError(f"CAN channel {self._name} is closed")
-        self._offset.measure()
+        self._offset.begin_drain()
         try:
             for _ in range(_MAX_DRAIN):
                 message = self._receive_bus.recv(timeout=0)
                 if message is None:
+                    self._offset.end_drain()
                     break
                 self._take(message, feedback)
             # Its sending bus also receives; nobody else would empty it.

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 N_CHANNELS = codec.N_JOINTS + 1
 MODE_PERIOD_NS = 200_000_000
 MAX_DROPPED_IN_ROW = 5
+# Four times the slowest report's period.
+_SETTLE_NS = 100_000_000
 # The caller has limited every target; one this far outside is a mistake, not a wish.
 _BEYOND_RAD = math.radians(10.0)
 _BEYOND_M = 0.01
@@ -144,9 +146,9 @@ class PiperUnit:
         self._t_mode_ns = self._clock.now_ns()
 
     def settle(self) -> None:
-        """Read until the newest pose is fresh, after time spent elsewhere."""
-        poses = self.feedback.n_poses
-        self._port().wait(50_000_000, lambda: self.feedback.n_poses > poses)
+        """Read until everything that the arm reports is of now, after time spent elsewhere."""
+        begin_ns = self._clock.now_ns()
+        self._port().wait(_SETTLE_NS, lambda: self.feedback.t_oldest_ns >= begin_ns)
 
     def _port(self) -> Port:
         return Port(link=self._opened(), feedback=self.feedback, clock=self._clock)

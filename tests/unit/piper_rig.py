@@ -12,16 +12,20 @@ TICK_NS = 5 * MS
 
 
 class RigClock:
-    """A clock that sleeping moves, and nothing else."""
+    """A clock that sleeping moves, and nothing else; the arms talk meanwhile, heard or not."""
 
     def __init__(self):
         self.t_ns = 1_000_000_000
+        self.wires = []
 
     def now_ns(self):
         return self.t_ns
 
     def sleep_until_ns(self, t_ns):
-        self.t_ns = max(self.t_ns, t_ns)
+        while self.t_ns < t_ns:
+            self.t_ns = min(self.t_ns + MS, t_ns)
+            for wire in self.wires:
+                wire.run()
 
 
 def channels(n_arms):
@@ -46,6 +50,7 @@ class Rig:
         self.fakes = fakes or [FakePiper() for _ in range(n_arms)]
         names = ["can_left", "can_right"] if n_arms == 2 else ["can0"]
         self.wires = [MemoryWire(f, self.clock) for f in self.fakes]
+        self.clock.wires = self.wires
         self.names = names
         self.buses = [w.end(n) for w, n in zip(self.wires, names, strict=True)]
         reach = {"left": names[0], "right": names[1]} if n_arms == 2 else {"can": names[0]}

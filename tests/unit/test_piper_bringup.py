@@ -414,6 +414,44 @@ def test_open_right_arm_refuses_before_left_is_powered():
     assert codec.ID_ENABLE not in rig.fakes[0].heard
 
 
+class SlowFake(FakePiper):
+    """Enables on the fifth request only, and does not know its gripper's parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self._enables_needed = [5] * 6
+
+    def hear(self, can_id, data, t_sent_ns=0):
+        if can_id != codec.ID_QUERY_PARAMETER:
+            super().hear(can_id, data, t_sent_ns)
+
+
+@pytest.mark.parametrize("phase_ms", range(5))
+@pytest.mark.parametrize("enable", [False, True])
+def test_open_slow_right_arm_does_not_make_the_left_one_look_old(phase_ms, enable):
+    """Nobody reads the left arm meanwhile: its queue fills, and what is new is lost."""
+    rig = Rig(fakes=[FakePiper(), SlowFake()], n_arms=2)
+    rig.fakes[1]._t_next_ns = rig.clock.t_ns + phase_ms * MS
+    moved = []
+
+    def fall(step=rig.fakes[0].step):
+        # By hand, as long as it has no power: the seed must be where it is, not where it was.
+        if not any(rig.fakes[0].enabled) and rig.clock.t_ns > 1_200 * MS:
+            rig.fakes[0].joint_mdeg[1] = 14_000.0
+            rig.fakes[0].target_mdeg[1] = 14_000.0
+            moved.append(rig.clock.t_ns)
+        return step(rig.clock.t_ns)
+
+    rig.fakes[0].step = lambda now_ns: fall()
+    rig.arm.open(enable=enable)
+    assert len(rig.buses[0].queue) < 277
+    assert rig.arm.state().fault is None
+    assert moved
+    if enable:
+        first = next(data for can_id, data in rig.buses[0].sent if can_id == codec.ID_JOINTS_12)
+        assert abs(codec.DECODERS[0x2A5](first)[1] - 14_000) < 500
+
+
 def test_send_moves_the_arm_to_its_target():
     rig = Rig(n_arms=2)
     rig.arm.open(enable=True)
