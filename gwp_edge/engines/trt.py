@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from gwp_edge.engines.trt_cache import find_engines
 from gwp_edge.engines.trt_device import PrimaryContext, cuda_errors
 from gwp_edge.engines.trt_graph import CapturedGraph, CudaDriver, Events
 from gwp_edge.engines.trt_options import BuildOptions, key_of
+from gwp_edge.engines.trt_record import EngineFile
 from gwp_edge.engines.trt_stages import LoadedStages
 from gwp_edge.errors import DeviceError, GwpError, SpecError
+from gwp_edge.manifest import Stage
 from gwp_edge.planning.memory import check_free, memory_plan
 from gwp_edge.types import Float32Array, ImageArray
 
@@ -36,7 +38,8 @@ class TrtEngine:
 
     Args:
         bundle: a checked bundle whose engines were built on this device.
-        folder: engines to use; None finds those that fit.
+        built: folder of the engines to use and what is known about each; None finds those that
+            fit.
         options: what the engines must have been built with; None takes the newest that fit.
 
     Raises:
@@ -49,7 +52,7 @@ class TrtEngine:
         self,
         bundle: Bundle,
         *,
-        folder: Path | None = None,
+        built: tuple[Path, Mapping[Stage, EngineFile]] | None = None,
         options: BuildOptions | None = None,
     ) -> None:
         self._bundle, self._spec = bundle, bundle.spec
@@ -62,21 +65,28 @@ class TrtEngine:
         self._events: Events | None = None
         self._context = PrimaryContext()
         try:
-            self._open(folder, options)
+            self._open(built, options)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, folder: Path | None, options: BuildOptions | None) -> None:
+    def _open(
+        self,
+        built: tuple[Path, Mapping[Stage, EngineFile]] | None,
+        options: BuildOptions | None,
+    ) -> None:
         facts = self._context.facts()
-        plan = memory_plan(self._bundle.manifest)
-        if folder is None:
+        files: Mapping[Stage, EngineFile]
+        if built is None:
             key = key_of(self._bundle, facts, options or BuildOptions())
             folder, record = find_engines(self._bundle, key, any_flags=options is None)
-            plan = plan.built(
-                {stage: entry.n_bytes for stage, entry in record.files.items()},
-                max(entry.scratch_bytes for entry in record.files.values()),
-            )
+            files = record.files
+        else:
+            folder, files = built
+        plan = memory_plan(self._bundle.manifest).built(
+            {stage: entry.n_bytes for stage, entry in files.items()},
+            max(entry.scratch_bytes for entry in files.values()),
+        )
         check_free(
             "loading the engines",
             plan.load_bytes if facts.integrated else plan.run_bytes,
@@ -291,6 +301,9 @@ class TrtEngine:
         if self._stages is not None:
             _quietly(self._stages.close)
             self._stages = None
+        # PyCUDA destroys a stream in its context, which must still be there then.
+        if hasattr(self, "_stream"):
+            del self._stream
         _quietly(self._context.close)
 
 

@@ -84,6 +84,15 @@ def check_buildable(
         "close the desktop and other programs, add swap on NVMe, lower --workspace, or export "
         "with a smaller --precision",
     )
+    # Without workspace, of which the engines may turn out to need none: what is refused here could
+    # not be loaded in any case, and swap does not help with that.
+    least = memory_plan(manifest, workspace_bytes=0)
+    check_free(
+        "loading what would be built",
+        least.load_bytes if facts.integrated else least.run_bytes,
+        free_bytes,
+        "close the desktop and other programs, or export with a smaller --precision",
+    )
 
 
 def build_engines(
@@ -151,7 +160,7 @@ class _Build:
         self.summary = (*summarize(self.proofs), *narrow)
         require_proof(self.proofs, allow_unproven=self.options.allow_unproven)
         self.tell("golden gate", 0, 1)
-        golden = golden_gate(self.bundle, work, self._build_debug)
+        golden = golden_gate(self.bundle, work, files, self._build_debug)
         self.tell("golden gate", 1, 1)
         record = EngineRecord(
             schema=SCHEMA,

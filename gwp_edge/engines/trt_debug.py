@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,13 +38,20 @@ def run_debug(path: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> Arrays:
     require_tensorrt()
     context = PrimaryContext()
     buffers: Buffers | None = None
+    stream: drv.Stream | None = None
     try:
         stream = context.stream()
         buffers = Buffers(integrated=False, stream=stream)
         return _run(path, feeds, buffers, stream)
+    except BaseException as e:
+        # Its frames hold engine and context, which go before memory and CUDA's context.
+        traceback.clear_frames(e.__traceback__)
+        raise
     finally:
         if buffers is not None:
             buffers.close()
+        # PyCUDA destroys a stream in its context, which must still be there then.
+        buffers = stream = None
         context.close()
 
 

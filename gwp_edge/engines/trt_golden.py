@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,14 +17,18 @@ from gwp_edge.bundle import Bundle
 from gwp_edge.engines.trt import TrtEngine
 from gwp_edge.engines.trt_blame import BuildDebug, Seen, blame
 from gwp_edge.engines.trt_gates import judge_golden, judge_replay
+from gwp_edge.engines.trt_record import EngineFile
 from gwp_edge.engines.trt_timing import by_stage
 from gwp_edge.errors import BuildError, DeviceError
 from gwp_edge.manifest import Stage
+from gwp_edge.passes import free_input, run_stages, run_whole
 from gwp_edge.policy import BundlePolicy
+from gwp_edge.preprocess import actions_from_network, normalise_state
 from gwp_edge.types import FloatArray
 
 if TYPE_CHECKING:
-    from gwp_edge.types import Float32Array
+    from gwp_edge.spec import PolicySpec
+    from gwp_edge.types import Float32Array, ImageArray
 
 _OTHER_SEED: Final = 20261
 # Enough for a median; a second or two on the slowest device.
@@ -46,21 +50,27 @@ class GoldenResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answers:
-    """Actions (H, D) by stages, with other noise, and by a replayed graph; what was on the way."""
+    """Actions (H, D) by stages and with other noise; what was on the way.
+
+    ``replays`` are pairs of actions: by a replayed graph and by its stages.
+    """
 
     actions: FloatArray
     other_seed: FloatArray
-    replayed: FloatArray
+    replays: Sequence[tuple[FloatArray, FloatArray]]
     seen: Seen
     laps_ns: Sequence[Sequence[int]]
 
 
-def golden_gate(bundle: Bundle, folder: Path, build_debug: BuildDebug) -> GoldenResult:
+def golden_gate(
+    bundle: Bundle, folder: Path, files: Mapping[Stage, EngineFile], build_debug: BuildDebug
+) -> GoldenResult:
     """Run the golden input, and the same with other noise.
 
     Args:
         bundle: a checked bundle.
         folder: its engines.
+        files: what is known about them.
         build_debug: builds an engine that shows its layers, to name the one that is wrong.
 
     Raises:
@@ -70,7 +80,7 @@ def golden_gate(bundle: Bundle, folder: Path, build_debug: BuildDebug) -> Golden
     """
     golden = bundle.manifest.golden
     try:
-        found = _run(bundle, folder)
+        found = _run(bundle, folder, files)
     except DeviceError as e:
         raise BuildError(f"the engines cannot run here: {e}; they were deleted") from e
     error = judge_golden(
@@ -81,17 +91,18 @@ def golden_gate(bundle: Bundle, folder: Path, build_debug: BuildDebug) -> Golden
         # By now the engines are closed, so that there is memory to look for the fault.
         blame=functools.partial(blame, bundle, found.seen, folder, build_debug),
     )
-    judge_replay(found.replayed, found.actions, golden.tolerance)
+    for replayed, staged in found.replays:
+        judge_replay(replayed, staged, golden.tolerance)
     return GoldenResult(error=error, times_ns=by_stage(found.laps_ns))
 
 
-def _run(bundle: Bundle, folder: Path) -> _Answers:
+def _run(bundle: Bundle, folder: Path, files: Mapping[Stage, EngineFile]) -> _Answers:
     golden = bundle.manifest.golden
     arrays = bundle.arrays(golden.file)
     canvas, state = arrays["canvas"], np.asarray(arrays["state"], np.float64)
     noise: Float32Array = arrays["noise"]
     other = np.random.default_rng(_OTHER_SEED).standard_normal(noise.shape, dtype=np.float32)
-    engine = TrtEngine(bundle, folder=folder)
+    engine = TrtEngine(bundle, built=(folder, files))
     try:
         policy = BundlePolicy(bundle, engine, task=golden.task, whole=False)
         replaying = BundlePolicy(bundle, engine, task=golden.task)
@@ -100,7 +111,11 @@ def _run(bundle: Bundle, folder: Path) -> _Answers:
         _, moved = policy.predict_from_canvas(canvas, state, other)
         # Other noise first: the graph must read what is there when it is replayed.
         replaying.predict_from_canvas(canvas, state, np.zeros_like(noise))
-        _, replayed = replaying.predict_from_canvas(canvas, state, noise)
+        replays = [(replaying.predict_from_canvas(canvas, state, noise)[1], answer)]
+        if bundle.spec.sampler.n_steps > 1:
+            replays.append(_replay_warm_start(bundle.spec, engine, canvas, state, noise))
+            # The graphs share contexts: the first must still be right after the second was made.
+            replays.append((replaying.predict_from_canvas(canvas, state, noise)[1], answer))
         laps = []
         for _ in range(_N_TIMED):
             replaying.predict_from_canvas(canvas, state, noise)
@@ -108,5 +123,22 @@ def _run(bundle: Bundle, folder: Path) -> _Answers:
     finally:
         engine.close()
     return _Answers(
-        actions=answer, other_seed=moved, replayed=replayed, seen=seen, laps_ns=tuple(laps)
+        actions=answer, other_seed=moved, replays=replays, seen=seen, laps_ns=tuple(laps)
     )
+
+
+def _replay_warm_start(
+    spec: PolicySpec,
+    engine: TrtEngine,
+    canvas: ImageArray,
+    state: FloatArray,
+    noise: Float32Array,
+) -> tuple[FloatArray, FloatArray]:
+    """Return actions (H, D) of the last step alone, by a replayed graph and by its stages."""
+    n_steps = spec.sampler.n_steps
+    free = free_input(canvas, normalise_state(state, spec), noise, n_steps)
+    given = replace(free, first_step=n_steps - 1)
+    staged = run_stages(engine, given).x
+    run_whole(engine, replace(given, x=np.zeros_like(noise)))
+    replayed = run_whole(engine, given).x
+    return actions_from_network(replayed, state, spec), actions_from_network(staged, state, spec)

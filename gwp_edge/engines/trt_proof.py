@@ -54,7 +54,7 @@ class EngineLayer:
     Attributes:
         name: its own name.
         nodes: graph nodes that it computes.
-        types: types of its inputs and weights.
+        operands: types of its inputs and weights, one each.
         kernel_type: what the kernel's name says it multiplies, or None.
         is_product: it looks like a matrix product or convolution.
         sums_narrow: its kernel adds up in fp16.
@@ -62,7 +62,7 @@ class EngineLayer:
 
     name: str
     nodes: tuple[str, ...]
-    types: frozenset[str]
+    operands: tuple[str, ...]
     kernel_type: str | None
     is_product: bool
     sums_narrow: bool
@@ -116,15 +116,15 @@ def _parse_layer(raw: Mapping[str, Any]) -> EngineLayer:
     name, tactic = str(raw.get("Name", "")), str(raw.get("TacticName", ""))
     kind = f"{raw.get('LayerType', '')} {raw.get('ParameterType', '')} {tactic}".lower()
     nodes = tuple(_ONNX_LAYER.findall(str(raw.get("Metadata", ""))))
-    types = set(_tensor_types(raw.get("Inputs")))
+    operands = list(_tensor_types(raw.get("Inputs")))
     weights = raw.get("Weights")
     if isinstance(weights, dict):
         found = _match(str(weights.get("Type", "")).lower(), _WORDS)
-        types |= {found} if found is not None else set()
+        operands += [found] if found is not None else []
     return EngineLayer(
         name=name,
         nodes=nodes or tuple(part.strip() for part in name.split(" + ")),
-        types=frozenset(types),
+        operands=tuple(operands),
         kernel_type=_match(tactic.lower(), _KERNEL_TYPES),
         is_product=_PRODUCT.search(kind) is not None,
         sums_narrow=_NARROW_SUM.search(tactic.lower()) is not None,
@@ -134,13 +134,15 @@ def _parse_layer(raw: Mapping[str, Any]) -> EngineLayer:
 def _runs_as(layer: EngineLayer, asked: str) -> str | None:
     """Return the type that an engine layer multiplies in, or None where it does not say."""
     wanted = _WEIGHT_ONLY.get(asked, asked)
-    if asked in _WEIGHT_ONLY and wanted in layer.types:
+    n_wanted = layer.operands.count(wanted)
+    if asked in _WEIGHT_ONLY and n_wanted:
         return wanted
     if layer.kernel_type is not None:
         return layer.kernel_type
-    if wanted in layer.types:
-        return wanted
-    return min(layer.types, default=None)
+    if asked in QUANTIZED and n_wanted == 1:
+        # Such as int8 weights and a float input: the kernel may round the one or widen the other.
+        return None
+    return wanted if n_wanted else min(layer.operands, default=None)
 
 
 def prove(
@@ -159,20 +161,19 @@ def prove(
 
 
 def _prove_layer(stage: Stage, layer: Layer, places: Sequence[EngineLayer]) -> Proof:
-    # A node may appear in a copy kernel beside its product; the product decides.
-    products = [x for x in places if x.is_product] or list(places)
-    kinds = {kind for x in products if (kind := _runs_as(x, layer.format)) is not None}
+    # A node may appear in a copy kernel beside its product, which says nothing about that.
+    kinds = {_runs_as(x, layer.format) for x in places if x.is_product}
     wanted = _WEIGHT_ONLY.get(layer.format, layer.format)
-    outcome: Outcome = "fell back"
-    if not kinds:
-        outcome = "not shown"
-    elif wanted in kinds:
+    outcome: Outcome = "not shown"
+    if kinds == {wanted}:
         outcome = "as asked"
+    elif kinds and None not in kinds and wanted not in kinds:
+        outcome = "fell back"
     return Proof(
         stage=stage,
         name=layer.name,
         asked=layer.format,
-        got=", ".join(sorted(kinds)) or "not shown",
+        got=", ".join(sorted(kind or "not shown" for kind in kinds)) or "not shown",
         outcome=outcome,
     )
 

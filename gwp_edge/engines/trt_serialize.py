@@ -6,6 +6,7 @@ TensorRT 11 removed.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,10 @@ def write_engine(
         # Parser, network, builder and plan are gone by now: their weights and these would not
         # fit beside each other on every device.
         return _inspect(path)
+    except BaseException as e:
+        # Its frames hold builder, network and engine, which go before CUDA's context.
+        traceback.clear_frames(e.__traceback__)
+        raise
     finally:
         context.close()
 

@@ -117,6 +117,12 @@ class LoadedStages:
         n_rows = self._spec.n_rows
         stride = -(-n_rows * 4 // 256) * 64
         gains = buffers.crossing("prefix_gains", (self._n_steps, stride), np.float32)
+        self._row_bytes = {
+            "sigma": 4,
+            "sigma_step": 4,
+            "modulation": modulation[0].size * 4,
+            "prefix_gain": n_rows * 4,
+        }
         self._steps["prefix_gain"] = tuple(
             gains.address + 4 * stride * i for i in range(self._n_steps)
         )
@@ -134,6 +140,7 @@ class LoadedStages:
                 shape = tuple(int(side) for side in engine.get_tensor_shape(name))
                 dtype = dtype_of(engine.get_tensor_dtype(name).name, name)
                 if name in _STEPPED:
+                    self._check_row(name, shape, dtype)
                     continue
                 self._bind(stage, name, self._place(buffers, name, shape, dtype))
         # The second half of the pair that denoising steps swap between them.
@@ -154,6 +161,15 @@ class LoadedStages:
         elif name.startswith("prefix_"):
             self._prefix[name] = (shape, dtype)
         return self._fixed[name]
+
+    def _check_row(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        """Check that an engine reads of a table what a row of it holds."""
+        n_bytes = math.prod(shape) * dtype.itemsize
+        if dtype != np.float32 or n_bytes != self._row_bytes[name]:
+            raise BuildError(
+                f"engine tensor {name} is {dtype} {shape}, its rows are float32 of "
+                f"{self._row_bytes[name]} bytes; export the policy again"
+            )
 
     def _bind(self, stage: Stage, name: str, address: int) -> None:
         if not self._contexts[stage].set_tensor_address(name, address):

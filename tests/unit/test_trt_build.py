@@ -5,6 +5,7 @@ Not a test of TensorRT: of our gates, proofs, reports and cleaning up.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -357,6 +358,40 @@ def test_build_swap_takes_the_copies_of_the_host(bundle, monkeypatch, integrated
     else:
         with pytest.raises(BuildError, match="building needs"):
             check_buildable(bundle, facts, BuildOptions(), short)
+
+
+def test_build_what_could_not_be_loaded_is_refused_before_it_is_built(bundle, monkeypatch):
+    """Swap helps a build and no loading: such engines were built and then deleted."""
+
+    def heavy(manifest, *, workspace_bytes=memory.WORKSPACE_BYTES):
+        plan = memory.memory_plan(manifest, workspace_bytes=workspace_bytes)
+        return dataclasses.replace(plan, weights=dict.fromkeys(plan.weights, 10**10))
+
+    monkeypatch.setattr("gwp_edge.engines.trt_build.memory_plan", heavy)
+    facts = DeviceFacts(
+        name="Orin",
+        capability=(8, 7),
+        n_multiprocessors=16,
+        board="",
+        integrated=True,
+        tensorrt="10.3.0",
+        memory_bytes=10**10,
+    )
+    monkeypatch.setattr("gwp_edge.engines.trt_build.disk_swap_bytes", lambda: 10**12)
+    needed = heavy(bundle.manifest, workspace_bytes=0).load_bytes
+    with pytest.raises(BuildError, match="loading what would be built needs"):
+        check_buildable(bundle, facts, BuildOptions(), needed - 1)
+    check_buildable(bundle, facts, BuildOptions(), needed)
+
+
+def test_golden_gate_counts_what_the_new_engines_need(bundle, monkeypatch):
+    """The model's figures could refuse engines that fit."""
+    seen = []
+    monkeypatch.setattr("gwp_edge.engines.trt.check_free", lambda *given: seen.append(given[1]))
+    record = build_engines(bundle, BuildOptions()).record
+    plan = memory.memory_plan(bundle.manifest)
+    sizes = [entry.n_bytes for entry in record.files.values()]
+    assert seen == [sum(sizes) + max(sizes) + plan.caches + 5000 + plan.runtime]
 
 
 def test_build_refuses_tensorrt_11_and_old_gpus(bundle, monkeypatch):

@@ -169,6 +169,21 @@ def test_engine_load_check_counts_what_the_engines_need(built, monkeypatch):
     assert seen == [sum(sizes) + max(sizes) + plan.caches + 5000 + plan.runtime]
 
 
+def test_engine_that_reads_other_rows_than_the_tables_have_is_refused(built, monkeypatch):
+    """They were read as float32 whatever the engine took."""
+    original = Bundle.arrays
+
+    def wider(self, name):
+        arrays = dict(original(self, name))
+        if "modulation" in arrays:
+            arrays["modulation"] = np.concatenate([arrays["modulation"]] * 2, axis=-1)
+        return arrays
+
+    monkeypatch.setattr(Bundle, "arrays", wider)
+    with pytest.raises(BuildError, match="engine tensor modulation is float32"):
+        TrtEngine(built)
+
+
 def test_prompt_that_does_not_fit_leaves_the_one_before(built, gpu, monkeypatch):
     """A refused prompt used to be half uploaded, and the next chunk ran on the mixture."""
     engine = TrtEngine(built)
@@ -217,8 +232,9 @@ def test_engine_that_tensorrt_cannot_load_is_told(built, tmp_path, gpu):
     folder.mkdir()
     for stage in ("vision", "prefill", "denoise"):
         engine_file(folder, stage).write_bytes(b"nonsense")
+    (_, record), *_ = list_engines(built.root)
     with pytest.raises(BuildError, match="magic tag does not match"):
-        TrtEngine(built, folder=folder)
+        TrtEngine(built, built=(folder, record.files))
     assert gpu.contexts == 0
     assert gpu.live == {}
 

@@ -21,11 +21,11 @@ def layer(name="ffn", fmt="int8", stage="prefill") -> Layer:
     return Layer(stage=stage, name=name, format=fmt, reason="", flops=1, weight_bytes=1)
 
 
-def engine_layer(name="ffn", tactic="", word="Float", kind="gemm", **more) -> dict:
+def engine_layer(name="ffn", tactic="", word="Float", words=(), kind="gemm", **more) -> dict:
     return {
         "Name": f"__myl_{name}",
         "LayerType": kind,
-        "Inputs": [{"Name": "x", "Format/Datatype": word}],
+        "Inputs": [{"Name": "x", "Format/Datatype": x} for x in words or (word,)],
         "TacticName": tactic,
         "Metadata": f"[ONNX Layer: {name}]\x1e[ONNX Layer: {name}.add]",
         **more,
@@ -41,8 +41,12 @@ def outcome(layers, asked="int8"):
     ("asked", "raw", "wanted"),
     [
         ("int8", {"tactic": "sm80_xmma_gemm_i8i8_i8i32_f32_tn"}, ("as asked", "int8")),
-        ("int8", {"word": "Int8"}, ("as asked", "int8")),
-        ("int8", {"word": "Row major linear INT8 format"}, ("as asked", "int8")),
+        ("int8", {"word": "Int8", "Weights": {"Type": "Int8"}}, ("as asked", "int8")),
+        ("int8", {"words": ["Int8", "Row major linear INT8 format"]}, ("as asked", "int8")),
+        # A kernel without types in its name, and one operand alone quantized: it may widen it.
+        ("int8", {"words": ["Float", "Int8"], "tactic": "__myl_CastMatMul"}, ("not shown",) * 2),
+        ("fp8", {"words": ["Half", "FP8"], "tactic": "__myl_Fc"}, ("not shown",) * 2),
+        ("int8", {"word": "Half", "tactic": "__myl_Fc"}, ("fell back", "fp16")),
         ("int8", {"tactic": "sm80_xmma_gemm_f16f16_f16f32_f32"}, ("fell back", "fp16")),
         # Quantized inputs into a float kernel: a published engine did exactly this.
         ("int8", {"word": "Int8", "tactic": "f32f32_tf32f32"}, ("fell back", "fp32")),
@@ -72,13 +76,25 @@ def test_proof_product_decides_over_copies_beside_it():
     assert outcome([copy, product]) == ("fell back", "fp16")
 
 
+def test_proof_copies_alone_show_nothing():
+    copy = engine_layer(kind="kgen", words=["Int8", "Int8"], tactic="__myl_QuanMove")
+    assert outcome([copy]) == ("not shown", "not shown")
+
+
+def test_proof_two_products_that_differ_are_not_as_asked():
+    quantized = engine_layer(tactic="sm80_xmma_gemm_i8i8_i8i32_f32_tn")
+    half = engine_layer(tactic="sm80_xmma_gemm_f16f16_f16f32_f32")
+    assert outcome([quantized, half]) == ("not shown", "fp16, int8")
+    assert outcome([quantized, quantized]) == ("as asked", "int8")
+
+
 def test_proof_layer_that_is_nowhere_is_not_shown():
     assert outcome([engine_layer(name="other")]) == ("not shown", "not shown")
 
 
 def test_proof_newer_dialect_with_split_datatype_is_understood():
     raw = engine_layer(word="")
-    raw["Inputs"] = [{"Name": "x", "Datatype": "Int8", "Format": "row major"}]
+    raw["Inputs"] = [{"Name": x, "Datatype": "Int8", "Format": "row major"} for x in "xw"]
     assert outcome([raw]) == ("as asked", "int8")
 
 
@@ -89,7 +105,7 @@ def test_inspector_without_detail_is_refused(text):
 
 
 def test_require_proof_fails_on_fallback_and_on_no_proof_at_all():
-    good = prove("prefill", [layer()], parse_inspector(_json(engine_layer(word="Int8"))))
+    good = prove("prefill", [layer()], parse_inspector(_json(engine_layer(words=["Int8"] * 2))))
     bad = prove("prefill", [layer()], parse_inspector(_json(engine_layer(word="Half"))))
     none = prove("prefill", [layer()], parse_inspector(_json(engine_layer(name="other"))))
     require_proof(good)
