@@ -252,12 +252,22 @@ class Board:
         self._commands.append((t_ns, position))
 
     def ask(self, request: Request) -> None:
-        """Ask the motor process for something; never takes a stronger request back.
-
-        Safe inside of a signal handler: it is one store.
-        """
+        """Ask the motor process for something; never takes a stronger request back."""
         if self.words[Word.REQUEST] < request:
             self.words[Word.REQUEST] = int(request)
+
+    def ask_at_once(self, request: Request) -> None:
+        """Ask from inside of a signal handler, which may interrupt ``ask`` between look and store.
+
+        Nothing takes such a request back.
+        """
+        if self.words[Word.SIGNAL_REQUEST] < request:
+            self.words[Word.SIGNAL_REQUEST] = int(request)
+
+    @property
+    def request(self) -> Request:
+        """What the motor process is asked for."""
+        return Request(max(self.words[Word.REQUEST], self.words[Word.SIGNAL_REQUEST]))
 
     def last_command(self) -> tuple[npt.NDArray[np.float64], int] | None:
         """Return the last command sent, (D,), and its time."""

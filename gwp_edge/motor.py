@@ -31,6 +31,8 @@ _UNPOWERED_IN_ROW = 2
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
+# An enter that is not followed by then must not start the arm when nobody thinks of it any more.
+_RESUME_LASTS_NS = 10_000_000_000
 
 
 class MotorLoop:
@@ -80,7 +82,8 @@ class MotorLoop:
         self._t_standing_ns = 0
         self._n_standing = 0
         self._n_refused = self._n_rejected = self._n_unpowered = 0
-        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
+        self._t_resume_ns = 0
         self._braking = False
         self._stop_wanted = self._parking_begun = False
         self._t_warned_ns = self._t_pause_said_ns = 0
@@ -263,9 +266,10 @@ class MotorLoop:
     # State machine
 
     def _follow_request(self, now_ns: int) -> None:
-        request = Request.STOP if self._stop_wanted else Request(self._words[Word.REQUEST])
+        request = max(self._board.request, Request.STOP if self._stop_wanted else Request.CONNECT)
         if self.mode is Mode.FAULT:
             return
+        self._see_resume(now_ns)
         if request is Request.STOP_NOW:
             self._braking = True
             self._hold(HoldReason.STOP, "immediate hold", now_ns)
@@ -284,6 +288,22 @@ class MotorLoop:
         elif request is Request.RUN:
             self._try_to_start(now_ns)
         self._advance_mode(now_ns)
+
+    def _see_resume(self, now_ns: int) -> None:
+        count = self._words[Word.RESUME_COUNT]
+        if count != self._resume_seen:
+            self._resume_seen = count
+            self._t_resume_ns = now_ns
+        if self.mode is not Mode.HOLD or count == self._resume_count:
+            return
+        if self._words[Word.POLICY_CAMERA_STALL]:
+            why = "there are no usable camera frames"
+        elif now_ns - self._t_resume_ns > _RESUME_LASTS_NS:
+            why = f"no plan came for {_RESUME_LASTS_NS // 1_000_000_000} s"
+        else:
+            return
+        self._resume_count = count
+        self._say(EventKind.WARNING, f"enter was not followed, {why}; press it again later")
 
     def _is_unwatched(self, now_ns: int) -> bool:
         t_alive_ns = self._words[Word.SUPERVISOR_HEARTBEAT_NS]
@@ -385,7 +405,7 @@ class MotorLoop:
                 np.abs(self._limiter.position - self._park).max() < 1e-6
             )
         # A fault is over when somebody asks for the end, so that it stays on view until then.
-        wanted = self._stop_wanted or self._words[Word.REQUEST] >= Request.PARK
+        wanted = self._stop_wanted or self._board.request >= Request.PARK
         stopped = self.mode is Mode.HOLD and self.hold_reason is HoldReason.STOP
         return stopped or (self.mode is Mode.FAULT and bool(wanted))
 

@@ -189,7 +189,7 @@ def _await_enable(
             raise DeviceError(state.fault)
         board.publish_state(state)
         words[Word.MOTOR_HEARTBEAT_NS] = clock.now_ns()
-        request = words[Word.REQUEST]
+        request = board.request
         if request >= Request.PARK or life.over:
             return False
         # Nothing else enables: a hold that is asked for before the start is no reason to power.

@@ -125,4 +125,5 @@ class SignalInput:
         else:
             self.n_terminates += 1
         if self._at_once is not None:
-            self._at_once(Request.STOP_NOW if number == signal.SIGUSR1 else Request.STOP)
+            is_urgent = number == signal.SIGUSR1 or self.n_interrupts > 1
+            self._at_once(Request.STOP_NOW if is_urgent else Request.STOP)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from gwp_edge.doctor import devices, power
+from gwp_edge.doctor import devices, judge, power
 from gwp_edge.doctor.system import CheckResult as Finding
 from gwp_edge.doctor.system import LocalSystem, System
 from gwp_edge.robots import RobotConfig
@@ -52,7 +52,7 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
     names = can_interfaces(robot)
     if not names:
         return ()
-    found = {f.name: f for f in devices.check_can(system)}
+    found = {f.name: f for f in judge("can", devices.check_can, system)}
     general = [f for name, f in found.items() if name == "can"]
     lines = []
     for name in names:
@@ -108,10 +108,10 @@ def check_pictures(robot: RobotConfig, now_s: float) -> tuple[CheckResult, ...]:
 def check_clocks(system: System) -> tuple[CheckResult, ...]:
     """Check power mode, clocks and throttling where the machine tells."""
     findings: Sequence[Finding] = [
-        *power.check_power_mode(system),
-        *power.check_cpu_clocks(system),
-        *power.check_gpu_clocks(system),
-        *power.check_throttling(system),
+        *judge("power mode", power.check_power_mode, system),
+        *judge("cpu clocks", power.check_cpu_clocks, system),
+        *judge("gpu clocks", power.check_gpu_clocks, system),
+        *judge("throttling", power.check_throttling, system),
     ]
     return tuple(_line(f) for f in findings if f.status != "skip")
 

@@ -71,7 +71,7 @@ def run(
             on_status = _watch_recorder(recorder, findings, on_status)
         if watcher is not None:
             watcher.begin(board.name)
-        with SignalInput(board.ask) as signals:
+        with SignalInput(board.ask_at_once) as signals:
             Supervisor(options, board, world, findings, on_status, keys, signals).run()
         if recorder is not None:
             for problem in recorder.stop():

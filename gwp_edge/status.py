@@ -11,6 +11,7 @@ class Word(enum.IntEnum):
 
     # supervisor
     REQUEST = 0  # a Request
+    SIGNAL_REQUEST = enum.auto()  # likewise, written by the signal handlers alone
     RESUME_COUNT = enum.auto()  # the operator's enter key, counted
     SUPERVISOR_PID = enum.auto()
     MOTOR_PID = enum.auto()

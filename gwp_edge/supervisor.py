@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 _POLL_S: Final = 0.01
 _STOP_TIMEOUT_S: Final = 5.0
 _PARK_TIMEOUT_S: Final = 60.0
+# An inference that takes longer, while the arm waits for it, is one that hangs.
+_PLAN_TIMEOUT_S: Final = 60.0
 _JOIN_TIMEOUT_S: Final = 3.0
 _GUARDIAN_TIMEOUT_S: Final = 2.0
 # The guardian looks every 5 ms. After a stall of the whole machine it may come second.
@@ -152,7 +154,7 @@ class Supervisor:
 
     def _hold_lasts_too_long(self, mode: Mode, now_s: float) -> bool:
         """End a run that holds for good, or never gets going, when nobody is there to help."""
-        waits = mode in (Mode.HOLD, Mode.ENABLED)
+        waits = mode in (Mode.HOLD, Mode.ENABLED) or self._waits_for_plan(mode)
         reason = HoldReason(self._words[Word.MOTOR_HOLD_REASON])
         if not waits or reason is HoldReason.OPERATOR or self._options.interactive:
             self._t_hold_s = None
@@ -160,6 +162,8 @@ class Supervisor:
         if self._t_hold_s is None:
             self._t_hold_s = now_s
         timeout_s = self._options.recover_timeout_s
+        if mode is Mode.RUN:
+            timeout_s = max(timeout_s, _PLAN_TIMEOUT_S)
         # A hold that only a person may end has nobody to wait for.
         if mode is Mode.HOLD and not reason.ends_by_itself and self._words[Word.MOTOR_STANDING]:
             timeout_s = 0.0
@@ -169,6 +173,12 @@ class Supervisor:
         text = self._findings.last_fault or "no usable plan came"
         self._findings.end("held", text)
         return True
+
+    def _waits_for_plan(self, mode: Mode) -> bool:
+        """Whether the arm stands at the end of its plan, as it does between synchronous ones."""
+        words = self._words
+        is_at_end = words[Word.MOTOR_PLAN_ENDED] and words[Word.MOTOR_STANDING]
+        return mode is Mode.RUN and bool(is_at_end)
 
     def _step(self) -> bool:
         """Do one turn of the watch; return False when the run is to end."""
@@ -339,9 +349,9 @@ class Supervisor:
         motor = self._processes.motor
         if motor is None:
             return
-        if self._words[Word.REQUEST] < Request.PARK:
+        if self._board.request < Request.PARK:
             self._board.ask(Request.STOP)
-        parking = self._words[Word.REQUEST] == Request.PARK
+        parking = self._board.request == Request.PARK
         # Parking is slow on purpose; a stop is not.
         deadline_s = time.monotonic() + (_PARK_TIMEOUT_S if parking else _STOP_TIMEOUT_S)
         while motor.exitcode is None and time.monotonic() < deadline_s:
@@ -349,7 +359,14 @@ class Supervisor:
             if self._words[Word.GUARDIAN_TRIPPED_NS]:
                 deadline_s = min(deadline_s, time.monotonic() + _JOIN_TIMEOUT_S)
             self._see_stop_of_end()
-            if parking and self._words[Word.REQUEST] != Request.PARK:
+            if parking and time.monotonic() >= deadline_s:
+                self._board.ask(Request.STOP)
+                self._findings.fail(
+                    "held",
+                    f"the arm did not reach its park pose within {_PARK_TIMEOUT_S:.0f} s; is a "
+                    "wall of [workspace] in between?",
+                )
+            if parking and self._board.request != Request.PARK:
                 parking = False
                 deadline_s = time.monotonic() + _STOP_TIMEOUT_S
         if motor.exitcode is None:
@@ -377,7 +394,7 @@ class Supervisor:
             self._board.ask(Request.STOP)
             self._findings.end("terminated", "asked to terminate")
         key = self._keys() if self._keys is not None else None
-        if key is Key.HOLD and self._words[Word.REQUEST] == Request.PARK:
+        if key is Key.HOLD and self._board.request == Request.PARK:
             self._board.ask(Request.STOP)
             self._findings.fail("held", "the operator stopped the parking")
 

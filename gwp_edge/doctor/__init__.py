@@ -53,7 +53,7 @@ def run_checks(system: System) -> list[CheckResult]:
         One or more results per check, in the order of ``CHECKS``. A fact that this machine does
         not give is a "skip" whose detail says why.
     """
-    return list(chain.from_iterable(_run(name, check, system) for name, check in CHECKS))
+    return list(chain.from_iterable(judge(name, check, system) for name, check in CHECKS))
 
 
 def worst(results: list[CheckResult]) -> Status:
@@ -62,7 +62,8 @@ def worst(results: list[CheckResult]) -> Status:
     return ("pass", "warn", "fail")[max(ranks, default=0)]
 
 
-def _run(name: str, check: Check, system: System) -> list[CheckResult]:
+def judge(name: str, check: Check, system: System) -> list[CheckResult]:
+    """Return what ``check`` finds; one that fails itself is skipped, and says so."""
     # Files of unknown machines hold what nobody foresaw; that must not hide the other checks.
     try:
         return check(system)

@@ -468,6 +468,16 @@ def test_dropped_commands_are_counted_and_five_in_a_row_fault(rig):
     assert rig.loop.mode is Mode.FAULT
 
 
+def test_full_queue_after_a_pause_of_the_loop_is_one_dropped_command(rig):
+    rig.run()
+    rig.clock.advance(60 * MS)
+    rig.arm.send_failure = DeviceTimeoutError("queue full")
+    rig.ticks(4)
+    assert rig.loop.mode is Mode.RUN
+    rig.ticks(1)
+    assert rig.loop.mode is Mode.FAULT
+
+
 def test_commands_dropped_for_longer_than_a_pause_fault(make_rig):
     """At a low rate five of them take so long that the arm has stopped meanwhile."""
     rig = make_rig(rate_hz=30.0)
@@ -527,6 +537,47 @@ def test_operator_holds_and_resumes(rig):
     rig.words[Word.REQUEST] = Request.RUN
     rig.ticks(60, every=10, speed=0.0)
     assert rig.loop.mode is Mode.RUN
+
+
+def test_enter_during_a_camera_stall_does_not_start_the_arm_later(rig):
+    rig.run()
+    rig.words[Word.REQUEST] = Request.HOLD
+    rig.ticks(100, every=10)
+    rig.words[Word.POLICY_CAMERA_STALL] = 1
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(20)
+    assert any("no usable camera frames" in text for text in rig.said(EventKind.WARNING))
+    rig.words[Word.POLICY_CAMERA_STALL] = 0
+    rig.ticks(100, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.HOLD
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(60, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+
+
+@pytest.mark.parametrize(("wait_ticks", "mode"), [(1500, Mode.RUN), (2100, Mode.HOLD)])
+def test_enter_waits_for_a_plan_but_not_for_ever(rig, wait_ticks, mode):
+    rig.run()
+    rig.words[Word.REQUEST] = Request.HOLD
+    rig.ticks(100)
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(wait_ticks)
+    rig.ticks(60, every=10, speed=0.0)
+    assert rig.loop.mode is mode
+    assert any("no plan came" in t for t in rig.said(EventKind.WARNING)) == (mode is Mode.HOLD)
+
+
+def test_signal_is_not_taken_back_by_a_key_that_it_interrupted(rig):
+    rig.run()
+    rig.writer.ask_at_once(Request.STOP_NOW)
+    rig.writer.ask_at_once(Request.STOP)
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(200, every=10)
+    assert not rig.running
+    assert rig.writer.request is Request.STOP_NOW
+    rig.check_decelerated_and_holding()
 
 
 def test_park_goes_there_slowly_and_ends(make_rig):

@@ -46,6 +46,15 @@ def test_interfaces_are_those_of_the_arms():
     assert can_interfaces(built_in_robot("kinematic", make_spec())) == ()
 
 
+def test_answer_that_nobody_foresaw_is_said_and_ends_nothing(tmp_path):
+    broken = RecordedSystem(
+        "orin-nx-jetpack6-maxn", commands={CAN_COMMAND: Output(exit_code=0, stdout="[{]")}
+    )
+    (line,) = check_buses(robot(tmp_path), broken)
+    assert not line.passed  # the kernel's list of interfaces has none either
+    assert "could not be judged" in line.detail
+
+
 def test_channel_that_is_no_interface_has_no_line(tmp_path):
     fake = robot(tmp_path, arm='can = "unix:/tmp/arm"')
     assert can_interfaces(fake) == ()

@@ -16,8 +16,8 @@ from run_rig import MOTOR, Run
 from gwp_edge import supervisor
 from gwp_edge.errors import SpecError
 from gwp_edge.motor_options import MotorOptions
-from gwp_edge.operator_input import Key, TerminalKeys
-from gwp_edge.status import EventKind, Mode, PolicyPhase
+from gwp_edge.operator_input import Key, SignalInput, TerminalKeys
+from gwp_edge.status import EventKind, Mode, PolicyPhase, Request
 
 MAIN = """
 import sys
@@ -117,6 +117,16 @@ def test_parking_to_its_end_reaches_the_pose(a_run):
     a_run.check_decelerated_and_holding()
 
 
+def test_parking_that_does_not_end_is_stopped_and_not_killed(a_run, monkeypatch):
+    """Such as at a wall of the workspace between here and the pose."""
+    monkeypatch.setattr("gwp_edge.supervisor._PARK_TIMEOUT_S", 0.3)
+    summary = a_run.start(**quit_then(a_run, lambda: None))
+    assert (summary.outcome, summary.exit_code) == ("held", 1)
+    assert "did not reach its park pose" in summary.message
+    assert "the arm stands and holds" in summary.message
+    a_run.check_decelerated_and_holding()
+
+
 def test_park_pose_out_of_reach_is_refused_before_anything_moves(a_run):
     """It once parked until it was killed: the limiter stops where the pose was not yet."""
     summary = a_run.start(park_share=1.01)
@@ -134,6 +144,15 @@ def test_second_interrupt_brakes_at_once(a_run):
     assert (summary.outcome, summary.exit_code) == ("interrupted", 0)
     assert summary.message.startswith("interrupted twice: immediate hold")
     a_run.check_decelerated_and_holding()
+
+
+def test_second_interrupt_asks_for_an_immediate_hold_from_the_handler():
+    asked = []
+    with SignalInput(asked.append):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert asked[:2] == [Request.STOP, Request.STOP_NOW]
 
 
 def test_estop_acts_while_the_display_is_blocked(a_run):
