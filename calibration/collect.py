@@ -6,6 +6,7 @@ each step, whatever the number of samples, and never is in memory as a whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,8 @@ from gwp_edge.types import Float32Array, FloatArray
 DEFAULT_N_HELD_OUT = 16
 # Prefix of names whose values were seen in the network with smoothing factors folded in.
 SMOOTHED = "smoothed:"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ def load_set(
         SpecError: the dataset does not fit the policy, or is too small.
     """
     split = split_dataset(dataset, seed=options.seed, n_rows=network.spec.n_rows)
+    if split.note:
+        logger.warning("%s", split.note)
     ranges = split.verification if held_out else split.calibration
     n_samples = options.n_held_out if held_out else options.n_samples
     n_samples = min(n_samples, sum(r.n_frames for r in ranges))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -47,7 +47,8 @@ class Split:
         calibration: ranges to calibrate on.
         verification: ranges to verify on; no frame and no window shared with ``calibration``.
         by: whether whole episodes were held out, or the end of the only one.
-        note: one line for reports when the split is weaker than by episode, else empty.
+        note: one line for reports when the split is weaker than by episode, or leaves episodes
+            out; else empty.
     """
 
     calibration: tuple[FrameRange, ...]
@@ -94,7 +95,8 @@ def split_dataset(
     """Split a dataset into calibration and verification frames.
 
     Whole episodes are held out: a fifth, at least one, never all. A dataset of one episode is cut
-    in time, with ``n_rows`` frames between the sides so that no action window spans both.
+    in time, with ``n_rows`` frames between the sides so that no action window spans both. Episodes
+    shorter than a window are left out.
 
     Args:
         dataset: the dataset.
@@ -104,22 +106,38 @@ def split_dataset(
         episodes: episodes to use; all by default.
 
     Raises:
-        SpecError: a share out of range, no episode, or a single one too short to cut.
+        SpecError: a share out of range, no episode that is long enough, or a single one too short
+            to cut.
     """
     if not 0.0 < held_out_share < 1.0:
         raise SpecError(f"held-out share: expected a number in (0, 1), got {held_out_share}")
     used = sorted(set(range(dataset.n_episodes) if episodes is None else episodes))
     if not used:
         raise SpecError(f"{dataset.name}: no episode to calibrate on")
-    ranges = [FrameRange(episode=i, start=0, stop=dataset.episode(i).n_frames) for i in used]
+    lengths = {i: dataset.episode(i).n_frames for i in used}
+    ranges = [FrameRange(episode=i, start=0, stop=n) for i, n in lengths.items() if n >= n_rows]
+    if not ranges:
+        raise SpecError(
+            f"{dataset.name}: no episode is as long as a chunk of {n_rows} frames, the longest "
+            f"has {max(lengths.values())}"
+        )
+    n_short = len(used) - len(ranges)
+    note = (
+        f"{dataset.name}: {n_short} of {len(used)} episodes are shorter than a chunk of {n_rows} "
+        "frames and are left out"
+        if n_short
+        else ""
+    )
     if len(ranges) == 1:
-        return _split_in_time(dataset.name, ranges[0], n_rows, held_out_share)
+        split = _split_in_time(dataset.name, ranges[0], n_rows, held_out_share)
+        return replace(split, note="; ".join(filter(None, (note, split.note))))
     n_held = min(max(1, round(held_out_share * len(ranges))), len(ranges) - 1)
     held = {r.episode for r in _shuffled(ranges, random.Random(seed))[:n_held]}
     return Split(
         calibration=tuple(r for r in ranges if r.episode not in held),
         verification=tuple(r for r in ranges if r.episode in held),
         by="episode",
+        note=note,
     )
 
 

@@ -109,6 +109,19 @@ def test_split_of_a_single_episode_is_in_time_with_a_gap(real):
     assert "one episode" in split.note
 
 
+def test_split_leaves_episodes_out_that_are_shorter_than_a_window(tmp_path):
+    """One of 400 recordings broken off once kept all of them from being used."""
+    root = write_dataset(tmp_path, lengths=(20, 7, 20), files=(0, 0, 0))
+    with LeRobotDataset.open(root) as dataset:
+        split = split_dataset(dataset, seed=0, n_rows=8)
+        used = {r.episode for r in (*split.calibration, *split.verification)}
+        assert used == {0, 2}
+        assert "1 of 3 episodes are shorter than a chunk of 8 frames" in split.note
+        assert split_dataset(dataset, seed=0, n_rows=7).note == ""
+        with pytest.raises(SpecError, match="chunk of 21 frames, the longest has 20"):
+            split_dataset(dataset, seed=0, n_rows=21)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
