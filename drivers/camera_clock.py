@@ -17,6 +17,8 @@ _N_READINGS: Final = 5
 _OLDEST_NS: Final = 1_000_000_000
 _EARLY_NS: Final = 5_000_000
 _N_DELAYS: Final = 150
+# So many pictures in a row that look too old are not late ones out of a queue: their clock is off.
+_N_OLD: Final = 30
 
 
 class CameraClock:
@@ -28,8 +30,8 @@ class CameraClock:
     transport vanishes while its constant part stays in.
 
     Attributes:
-        n_implausible: stamps that lay in the future or more than a second back even with a fresh
-            offset; the time of arrival was taken for them.
+        n_implausible: stamps that lay in the future, or more than a second back for the 30th time
+            in a row, even with a fresh offset; the time of arrival was taken for them.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class CameraClock:
         self._t_measured_ns: int | None = None
         self._delays_ns: deque[int] = deque(maxlen=_N_DELAYS)
         self._last_stamp_ns = 0
+        self._n_old = 0
         self.n_implausible = 0
 
     def capture_time_ns(
@@ -68,18 +71,31 @@ class CameraClock:
             # The wall clock may have been set since; then the old offset is wrong, not the stamp.
             self._measure()
             t_ns = stamp_ns - self._offset_ns
-        if not _is_plausible(t_ns, t_received_ns):
+        if not _is_plausible(t_ns, t_received_ns) and not self._is_late(t_ns, t_received_ns):
             self.n_implausible += 1
             return t_received_ns, "host"
         return min(t_ns, t_received_ns), domain
 
+    def _is_late(self, t_ns: int, t_received_ns: int) -> bool:
+        """Whether a picture is really old, as those are that wait while a reader hangs.
+
+        To take one for fresh would let the policy act on the past.
+        """
+        is_old = t_received_ns - t_ns > _OLDEST_NS
+        self._n_old = self._n_old + 1 if is_old else 0
+        return 0 < self._n_old < _N_OLD
+
     def _from_device(self, stamp_ns: int, t_received_ns: int) -> int:
         delay_ns = t_received_ns - stamp_ns
-        jumped = bool(self._delays_ns) and abs(delay_ns - min(self._delays_ns)) > _OLDEST_NS
-        if stamp_ns < self._last_stamp_ns or jumped:
+        if stamp_ns < self._last_stamp_ns:
             # The device was reset, or its counter wrapped: what was learnt is void.
             self._delays_ns.clear()
         self._last_stamp_ns = stamp_ns
+        least_ns = min(self._delays_ns, default=delay_ns)
+        if self._is_late(stamp_ns + least_ns, t_received_ns):
+            return stamp_ns + least_ns
+        if abs(delay_ns - least_ns) > _OLDEST_NS:
+            self._delays_ns.clear()  # it was set, ahead or for good
         self._delays_ns.append(delay_ns)
         return stamp_ns + min(self._delays_ns)
 

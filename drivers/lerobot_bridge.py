@@ -58,7 +58,8 @@ def create_arm(options: Mapping[str, object], spec: PolicySpec) -> LerobotArm:
         SpecError: an option does not fit the policy, or there is no world.
     """
     parsed = parse_options(options)
-    return LerobotArm(_socket_of(options), map_features(parsed, spec), spec.channels)
+    features = map_features(parsed, spec)
+    return LerobotArm(_socket_of(options), features, spec.channels, rate_hz=parsed.rate_hz)
 
 
 def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> LerobotCamera:
@@ -78,8 +79,11 @@ def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) ->
 class LerobotArm:
     """One connection to the arm. Threads: one owner; one object commands, others read and hold."""
 
-    def __init__(self, path: str, features: FeatureMap, channels: tuple[Channel, ...]) -> None:
+    def __init__(
+        self, path: str, features: FeatureMap, channels: tuple[Channel, ...], *, rate_hz: float
+    ) -> None:
         self._path = path
+        self._rate_hz = rate_hz
         self._features = features
         self._channels = channels
         self._wire: Wire | None = None
@@ -100,6 +104,11 @@ class LerobotArm:
     def limits(self) -> JointLimits:
         """As given in the options."""
         return self._features.limits
+
+    @property
+    def feedback_period_ns(self) -> int:
+        """Time between two observations of the robot."""
+        return round(1e9 / self._rate_hz)
 
     @property
     def sent(self) -> FloatArray | None:

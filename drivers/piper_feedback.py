@@ -116,6 +116,7 @@ class PiperFeedback:
         gripper_um: total opening, 0.001 mm; None before the first frame.
         enabled_mask: bit j is set while joint j + 1 reports its motor enabled.
         mode, arm_status, move_mode: bytes 0 to 2 of the status frame; -1 before the first.
+        t_fast_ns: stamps of the six motor_fast frames (0x251 to 0x256).
         limits: what 0x473 answered per joint: (max, min) in 0.1 degree and the raw speed.
         latched: the first lasting fault since ``reset``, or None.
         stop_streaming: a lasting fault after which nothing may be sent any more.
@@ -138,6 +139,7 @@ class PiperFeedback:
         self.gripper_enabled = False
         self.t_gripper_ns = 0
         self._fast: list[bytes | None] = [None] * N
+        self.t_fast_ns = [0] * N
         self.enabled_mask = 0
         self.t_slow_ns = [0] * N
         self.mode = self.arm_status = self.move_mode = -1
@@ -174,13 +176,15 @@ class PiperFeedback:
             frames: (identifier with error flag, data, receive time in ns).
         """
         # The hot loop of the driver: a dozen frames per tick and arm, half of them motor_fast.
-        unpack_of, joint_of, part_of, fast, n = codec.DECODERS, _FAST_JOINT, _PART, self._fast, 0
+        unpack_of, joint_of, part_of, n = codec.DECODERS, _FAST_JOINT, _PART, 0
+        fast, stamps = self._fast, self.t_fast_ns
         for can_id, data, t_ns in frames:
             n += 1
             if len(data) != 8:
                 self.n_bad += 1
             elif can_id in joint_of:
-                fast[joint_of[can_id]] = data  # decoded when somebody asks
+                joint = joint_of[can_id]
+                fast[joint], stamps[joint] = data, t_ns  # decoded when somebody asks
             elif can_id in part_of:
                 self._take_joints(part_of[can_id], data, t_ns)
             elif can_id in unpack_of:
@@ -201,6 +205,7 @@ class PiperFeedback:
             self._take_gripper(fields, t_ns)
         elif can_id in _FAST_JOINT:
             self._fast[_FAST_JOINT[can_id]] = _FAST.pack(*fields)
+            self.t_fast_ns[_FAST_JOINT[can_id]] = t_ns
         elif can_id == codec.ID_LIMIT and 1 <= fields[0] <= N:
             self.limits[fields[0] - 1] = (fields[1], fields[2], fields[3])
         elif can_id == codec.ID_ACCELERATION and 1 <= fields[0] <= N:

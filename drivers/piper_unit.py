@@ -71,6 +71,7 @@ class PiperUnit:
         self._drift_faults = False
         self._compares_motors = False
         self._t_drift_ns = self._t_compare_ns = 0
+        self._silent_motors: set[int] = set()
         self._failed: str | None = None
         self._held: Command | None = None
         self._accepted: list[tuple[float, float]] = []
@@ -85,6 +86,7 @@ class PiperUnit:
         self._failed = None
         self._held = None
         self._t_drift_ns = self._t_compare_ns = 0
+        self._silent_motors.clear()
         self._n_dropped_in_row = 0
         self._link = self._open_link()
         connect(self._port())
@@ -228,8 +230,11 @@ class PiperUnit:
         joints = self.feedback.joint_rad
         if joints is None:
             return
+        oldest_ns = now_ns - SILENCE_NS
         for j, (motor, joint) in enumerate(zip(self.feedback.motor_rad, joints, strict=True)):
-            if abs(motor - joint) > _DRIFT_RAD:
+            if self.feedback.t_fast_ns[j] < oldest_ns:
+                self._see_silent_motor(j)
+            elif abs(motor - joint) > _DRIFT_RAD:
                 if self._t_drift_ns == 0:
                     self._t_drift_ns = now_ns
                 elif now_ns - self._t_drift_ns > _DRIFT_TIME_NS:
@@ -238,6 +243,17 @@ class PiperUnit:
                     self._report_drift(j, motor - joint)
                 return
         self._t_drift_ns = 0
+
+    def _see_silent_motor(self, j: int) -> None:
+        """Say once that a joint's drift cannot be seen: an old value beside a new one is none."""
+        if j not in self._silent_motors:
+            self._silent_motors.add(j)
+            logger.warning(
+                "%s: joint %d: no motor feedback (0x25%d); a drift of its angle cannot be seen",
+                self.name,
+                j + 1,
+                j + 1,
+            )
 
     def enabled(self) -> bool:
         """Whether all six joint motors report power."""

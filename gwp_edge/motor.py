@@ -13,7 +13,7 @@ import numpy as np
 from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
-from gwp_edge.protocols import Arm, Clock
+from gwp_edge.protocols import Arm, Clock, SlowArm
 from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
@@ -59,6 +59,9 @@ class MotorLoop:
         self._words = board.words
         self._clock = clock
         self._options = options
+        self._feedback_ages_ns = options.feedback_ages_ns(
+            arm.feedback_period_ns if isinstance(arm, SlowArm) else 0
+        )
         self._park = park
         channels = arm.channels
         self._limiter = Limiter(
@@ -199,12 +202,13 @@ class MotorLoop:
         if state.caution != self._caution:
             self._see_caution(state.caution, now_ns)
         age_ns = now_ns - state.t_received_ns
-        if age_ns <= self._options.feedback_warn_ns:
+        warn_ns, hold_ns, fault_ns = self._feedback_ages_ns
+        if age_ns <= warn_ns:
             return
         text = f"no joint feedback for {age_ns / 1e6:.0f} ms; check cable, power and bus"
-        if age_ns > self._options.feedback_fault_ns:
+        if age_ns > fault_ns:
             self._fault(text)
-        elif age_ns > self._options.feedback_hold_ns:
+        elif age_ns > hold_ns:
             self._hold(HoldReason.FEEDBACK, text, now_ns)
         elif now_ns - self._t_warned_ns > _WARN_EVERY_NS:
             self._t_warned_ns = now_ns

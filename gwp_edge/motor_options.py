@@ -64,6 +64,18 @@ class MotorOptions:
         if not 1 <= self.priority <= 99:
             raise SpecError(f"priority: expected 1 to 99, got {self.priority}")
 
+    def feedback_ages_ns(self, feedback_period_ns: int) -> tuple[int, int, int]:
+        """Return at which age feedback is reported, stops the arm, and ends the run, ns.
+
+        Args:
+            feedback_period_ns: how often the arm is read; 3, 10 and 25 of it where that is more.
+        """
+        return (
+            max(self.feedback_warn_ns, 3 * feedback_period_ns),
+            max(self.feedback_hold_ns, 10 * feedback_period_ns),
+            max(self.feedback_fault_ns, 25 * feedback_period_ns),
+        )
+
     @property
     def period_ns(self) -> int:
         """Time between ticks, ns."""

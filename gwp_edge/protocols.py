@@ -91,6 +91,16 @@ class HealthReporter(Protocol):
         ...
 
 
+@runtime_checkable
+class SlowArm(Protocol):
+    """An arm that is read less often than every few ms; its feedback's age is judged by that."""
+
+    @property
+    def feedback_period_ns(self) -> int:
+        """Time between two states at the arm's usual rate."""
+        ...
+
+
 class Arm(Protocol):
     """One robot as the motor loop sees it: D channels, one clock. Threads: one owner.
 

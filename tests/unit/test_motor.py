@@ -255,6 +255,24 @@ def test_camera_stall_holds_and_its_end_resumes(rig):
     assert rig.loop.mode is Mode.RUN
 
 
+@pytest.mark.parametrize(
+    ("age_ms", "mode", "warned"),
+    [(55, Mode.RUN, False), (70, Mode.RUN, True), (210, Mode.HOLD, True), (510, Mode.FAULT, True)],
+)
+def test_feedback_of_a_slow_arm_is_judged_by_its_own_rate(monkeypatch, age_ms, mode, warned):
+    """At 50 Hz every second state used to bring a warning about cables."""
+    monkeypatch.setattr(FakeArm, "feedback_period_ns", 20 * MS, raising=False)
+    rig = Rig()
+    try:
+        rig.run()
+        rig.arm.feedback_age_ns = age_ms * MS
+        rig.ticks(3)
+        assert rig.loop.mode is mode
+        assert any("no joint feedback" in text for text in rig.said()) == warned
+    finally:
+        rig.close()
+
+
 def test_old_feedback_warns_then_holds_then_faults(rig):
     rig.run()
     rig.arm.feedback_age_ns = 30 * MS

@@ -40,6 +40,7 @@ import pytest
 from piper_rig import MS, Rig
 
 from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers.piper_fake import FakePiper
 from gwp_edge.drivers.piper_feedback import ERR_NO_ACK, ERR_RESTARTED, PiperFeedback
 from gwp_edge.errors import DeviceError, DeviceTimeoutError
 
@@ -387,6 +388,23 @@ def test_drift_on_other_firmware_warns_once(rig, caplog):
     assert caplog.text.count("the feedback has drifted") == 1
 
 
+def test_motor_feedback_that_stopped_is_no_drift(caplog):
+    """The joint moved on, its last motor position did not: a healthy arm was told to be cut off."""
+    rig = Rig(fakes=[FakePiper(firmware="S-V1.8-6")])
+    rig.arm.open(enable=True)
+    target = rig.watch().position.copy()
+    rig.run(target, 20)
+    rig.fake.faults.mute_ids = frozenset({0x251})
+    for _ in range(150):
+        target[0] += 0.003
+        assert rig.run(target, 1).fault is None
+    assert caplog.text.count("joint 1: no motor feedback (0x251)") == 1
+    rig.fake.faults.mute_ids = frozenset()
+    rig.fake.faults.drift_mdeg[1] = 25_000
+    text, _ = rig.fault_after(1_000 * MS)
+    assert "the feedback has drifted" in text
+
+
 def test_drift_check_off_says_nothing(caplog):
     rig = Rig(drift="off")
     rig.arm.open(enable=True)
@@ -476,7 +494,9 @@ def test_hold_from_a_second_connection_stops_a_moving_arm_where_it_is():
     guardian.open(enable=False)
     target = rig.watch().position.copy()
     target[0] += 1.0
-    rig.run(target, 60)
+    for _ in range(60):
+        rig.run(target, 1)
+        guardian.state()
     moving = rig.fake.joint_mdeg[0]
     assert 1_000 < moving < 50_000
     end.sent.clear()
