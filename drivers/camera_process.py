@@ -226,6 +226,7 @@ class _Publisher:
         """Publish until told to stop or out of frames."""
         words = self._words
         words[CameraWord.HEARTBEAT_NS] = words[CameraWord.T_LAST_FRAME_NS] = time.monotonic_ns()
+        fence()
         words[CameraWord.PHASE] = Phase.STREAMING
         try:
             while not words[CameraWord.STOP]:

@@ -152,6 +152,8 @@ class KinematicArm:
         state, now_ns = self._opened(), time.monotonic_ns()
         if state.fault_since_ns("feedback-error", now_ns) is not None:
             raise DeviceError("kinematic arm: connection lost (planned fault)")
+        if self._enabled and state.fault_since_ns("driver-bug", now_ns) is not None:
+            raise RuntimeError("kinematic arm: planned bug of a driver")
         silent_ns = state.fault_since_ns("feedback-silence", now_ns)
         t_ns = now_ns if silent_ns is None else silent_ns
         q, velocity = state.at(t_ns)

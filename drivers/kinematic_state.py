@@ -22,6 +22,7 @@ _WORDS_BYTES: Final = 64
 FaultKind = Literal[
     "feedback-silence",
     "feedback-error",
+    "driver-bug",
     "nan-state",
     "arm-fault",
     "send-failure",

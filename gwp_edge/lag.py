@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from gwp_edge.errors import DeviceError, SafetyFault, SpecError
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault, SpecError
 from gwp_edge.protocols import Arm
 from gwp_edge.safety import Limiter
 from gwp_edge.types import FloatArray, JointLimits
+from gwp_edge.workspace import ArmInBox
 
 _PERIOD_S = 0.005
 _STALE_NS = 200_000_000
@@ -73,7 +75,14 @@ class LagResult:
         return asdict(self)
 
 
-def measure_lag(arm: Arm, channel: int, limits: JointLimits, options: LagOptions) -> LagResult:
+def measure_lag(
+    arm: Arm,
+    channel: int,
+    limits: JointLimits,
+    options: LagOptions,
+    *,
+    workspace: Sequence[ArmInBox] = (),
+) -> LagResult:
     """Swing one joint of an enabled arm and return its lag; the arm ends where it began.
 
     When anything fails, or the caller is interrupted, it brakes and stays where it is.
@@ -83,6 +92,7 @@ def measure_lag(arm: Arm, channel: int, limits: JointLimits, options: LagOptions
         channel: which joint.
         limits: the robot's, (D,).
         options: the sine.
+        workspace: boxes that the arms stay in.
 
     Raises:
         SpecError: there is no such channel, or no room for the sine.
@@ -101,7 +111,7 @@ def measure_lag(arm: Arm, channel: int, limits: JointLimits, options: LagOptions
             f"{name} is {room:.3f} from its limit, a sine of {options.amplitude:g} needs half as "
             "much again; move the arm, or take another channel or a smaller amplitude"
         )
-    limiter = Limiter(limits, period_s=_PERIOD_S, channels=arm.channels)
+    limiter = Limiter(limits, period_s=_PERIOD_S, channels=arm.channels, workspace=workspace)
     limiter.seed(start)
     try:
         samples = _swing(arm, limiter, start, channel, options)
@@ -155,7 +165,9 @@ def _brake(arm: Arm, limiter: Limiter) -> None:
     """Decelerate within the limits and stay there, as far as the arm still takes commands."""
     with contextlib.suppress(DeviceError):
         while not limiter.standing:
-            arm.send(limiter.brake())
+            command = limiter.brake()
+            with contextlib.suppress(DeviceTimeoutError):  # the next one may get through
+                arm.send(command)
             time.sleep(_PERIOD_S)
 
 

@@ -85,6 +85,8 @@ class RecordRing:
     def append(self, record: tuple[Any, ...]) -> None:
         """Write one record, fields in order."""
         count = self._count[0]
+        # The count before says which slot is written next; a reader must see it before the data.
+        fence()
         self.records[count % self._n_slots] = record
         fence()
         self._count[0] = count + 1

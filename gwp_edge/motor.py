@@ -17,6 +17,7 @@ from gwp_edge.protocols import Arm, Clock, SlowArm
 from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
+from gwp_edge.shared_memory import fence
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
@@ -399,6 +400,7 @@ class MotorLoop:
         if mode is not Mode.HOLD:
             self.hold_reason = HoldReason.NONE
             self._words[Word.MOTOR_HOLD_REASON] = 0
+        fence()  # what was said about the change is there before it
         self._words[Word.MOTOR_MODE] = int(mode)
 
     def _is_over(self) -> bool:

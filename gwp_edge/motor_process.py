@@ -18,6 +18,7 @@ from gwp_edge.preflight import check_arm
 from gwp_edge.protocols import Arm
 from gwp_edge.realtime import SPIN_NS, make_realtime
 from gwp_edge.robots import RobotConfig, create_arm, intersect_limits, park_pose
+from gwp_edge.shared_memory import fence
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word
 from gwp_edge.telemetry import CheckResult
@@ -108,7 +109,6 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
     words, clock = board.words, MonotonicClock(spin_ns=SPIN_NS)
     arm.open(enable=False)
     _say_check(board, check_arm(arm.state()))
-    words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
     limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
     park = park_pose(setup.robot, arm.channels)
     if park is not None:
@@ -116,6 +116,9 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
     workspace = find_arms(setup.robot.workspace, arm.channels, setup.robot.arm.kind)
     if workspace:
         _check_workspace(Workspace(workspace, ()), arm.state().position, park, board)
+    # Whoever sees the mode must find every check's line, failed ones above all.
+    fence()
+    words[Word.MOTOR_MODE] = int(Mode.CONNECTED)
     if not _await_enable(arm, board, clock, options, life):
         return
     # Locking memory takes a tenth of a second, in which an open bus would fill up unread.

@@ -25,6 +25,7 @@ from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Camera, HealthReporter, Policy
 from gwp_edge.record_tap import PolicyTap
 from gwp_edge.robots import create_camera, import_callable, world_options
+from gwp_edge.shared_memory import fence
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import EventKind, Mode, PolicyPhase, Word
 from gwp_edge.types import Chunk, Observation
@@ -68,10 +69,12 @@ def policy_main(setup: PolicySetup, options: PolicyOptions) -> None:
         say(EventKind.ERROR, f"policy process: {type(e).__name__}: {e}")
         raise
     finally:
+        # First, as closing may take longer than this process is given.
+        for camera in cameras:
+            report_health(camera, say)
         if policy is not None:
             policy.close()
         for camera in cameras:
-            report_health(camera, say)
             camera.close()
         board.close()
 
@@ -142,6 +145,8 @@ class _Runner:
         if latency_ns is None:
             return
         self._latencies_ns.append(latency_ns)
+        # Whoever sees the phase must find every check's line, failed ones above all.
+        fence()
         self._words[Word.POLICY_PHASE] = PolicyPhase.READY
         period_ns = round(1e9 / self._options.replan_hz) if self._options.replan_hz else 0
         t_next_ns = self._clock.now_ns()

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from gwp_edge.commands.options import DriverOption
-from gwp_edge.console import raise_on_signals, say, write_json
+from gwp_edge.console import (
+    EXIT_INTERRUPTED,
+    Interrupted,
+    fail,
+    raise_on_signals,
+    say,
+    write_json,
+)
 from gwp_edge.errors import SpecError
 
 
@@ -37,6 +44,7 @@ def lag(
     from gwp_edge.lag import LagOptions, measure_lag
     from gwp_edge.manifest import read_spec
     from gwp_edge.robots import create_arm, create_world, intersect_limits, load_robot
+    from gwp_edge.workspace import find_arms
 
     spec = read_spec(bundle)
     config = load_robot(robot, spec, driver=driver)
@@ -57,7 +65,11 @@ def lag(
         try:
             arm.open(enable=True)
             limits = intersect_limits(arm.limits, config.limits, arm.channels)
-            result = measure_lag(arm, names.index(name), limits, options)
+            boxes = find_arms(config.workspace, arm.channels, config.arm.kind)
+            result = measure_lag(arm, names.index(name), limits, options, workspace=boxes)
+        except Interrupted:
+            # Not "nothing was left behind": the motors are on, as after every run.
+            fail("interrupted; the arm stands and holds", EXIT_INTERRUPTED)
         finally:
             arm.close()
     finally:

@@ -143,6 +143,11 @@ def _run(options: RunOptions, json_file: Path | None, rerun: str | None) -> None
     from gwp_edge.runtime import run as run_robot
 
     viewer = None
+    if rerun is not None and options.record is not None:
+        raise SpecError(
+            "--record and --rerun both take every plan as it is made, and one alone can: record, "
+            "and look at the session with gwp-edge replay, or leave --record away"
+        )
     if rerun is not None:
         from gwp_edge.profiling.rerun_log import RerunLogger
 

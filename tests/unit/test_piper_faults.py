@@ -24,6 +24,8 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 | likewise | test_run_ends: guardian_that_hangs |
 | main process hangs or dies | test_run_ends: main_process_that_hangs; test_run_orphaned |
 | display fails | test_run_ends: display_that_fails, display_is_blocked |
+| error inside the motor process | test_run: error_inside_the_motor_process |
+| recorder gone | test_record_run: recorder_that_dies, full_disk |
 | motor process killed or hanging | test_run: killed_motor, hanging_motor |
 | likewise | test_bench_loop; test_run_ends: motor_process_that_does_not_stop |
 | operator, external e-stop | test_run: estop_signal, keys_hold_resume_and_park |

@@ -200,6 +200,15 @@ def test_run_device_fault_ends_and_says_so(a_run, kind, words):
     a_run.check_moved_within_limits()
 
 
+def test_run_error_inside_the_motor_process_brakes_and_ends(a_run):
+    """Nothing of the state machine is trusted then: limiter and driver bring the arm to rest."""
+    summary = a_run.start(faults=[{"kind": "driver-bug", "at_s": 0.43}])
+    assert summary.exit_code == 1
+    assert "RuntimeError: kinematic arm: planned bug of a driver" in summary.message
+    assert "NOBODY HOLDS" not in summary.message
+    a_run.check_decelerated_and_holding()
+
+
 def test_run_dry_run_commands_nothing(a_run):
     summary = a_run.start(motor=dataclasses.replace(MOTOR, dry_run=True), duration_s=0.3)
     assert summary.exit_code == 0
