@@ -47,7 +47,9 @@ def create_arm(options: Mapping[str, object], spec: PolicySpec) -> SimArm:
     """
     name = options.get(SEGMENT_KEY)
     if not isinstance(name, str):
-        raise SpecError(f"the sim's arm needs a running world ({SEGMENT_KEY}); start it first")
+        raise SpecError(
+            'an arm of kind "sim" needs its world in the robot file: [world] kind = "sim"'
+        )
     return SimArm(name, spec.channels, count_arms(spec))
 
 
@@ -59,7 +61,9 @@ def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) ->
     """
     rings = options.get(RINGS_KEY)
     if not isinstance(rings, Mapping):
-        raise SpecError(f"the sim's cameras need a running world ({RINGS_KEY}); start it first")
+        raise SpecError(
+            'cameras of kind "sim" need their world in the robot file: [world] kind = "sim"'
+        )
     name = rings.get(role)
     if not isinstance(name, str) or role not in spec.cameras:
         have = ", ".join(str(r) for r in rings) or "none"

@@ -51,7 +51,9 @@ class Guidance:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise SpecError(f"guidance: beta must be positive, got {self.beta}")
         if not 0 < self.warm_start_sigma <= 1:
-            raise SpecError(f"guidance: sigma must be in (0, 1], got {self.warm_start_sigma}")
+            raise SpecError(
+                f"warm start: expected above 0 up to 1 (1 is none), got {self.warm_start_sigma:g}"
+            )
 
     def within(self, n_real_rows: int) -> Guidance:
         """Return it with frozen and horizon rows capped to those that the old chunk covers."""

@@ -110,6 +110,24 @@ def say_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]
     Console().print(table)
 
 
+def require_writable(*paths: Path | None) -> None:
+    """Check that files can be written there, before the work whose result they are for.
+
+    Raises:
+        SpecError: the folder is not there or not writable, or the path is a folder.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise SpecError(f"{path}: folder {folder} does not exist; make it first")
+        if path.is_dir():
+            raise SpecError(f"{path}: this is a folder; name a file")
+        if not os.access(folder, os.W_OK):
+            raise SpecError(f"{path}: folder {folder} cannot be written")
+
+
 def write_file(path: Path, write: Callable[[Any], None]) -> None:
     """Write a file beside its place and rename it there.
 

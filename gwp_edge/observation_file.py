@@ -25,7 +25,13 @@ def load_observation(path: Path, spec: PolicySpec) -> Observation:
         SpecError: unreadable, or an entry is missing or has the wrong type or shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise SpecError(
+                f"--observation {path}: is one array (.npy); expected an .npz file with one for "
+                "each camera, and state"
+            )
+        with file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise SpecError(f"--observation {path}: no such file") from None

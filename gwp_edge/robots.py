@@ -152,6 +152,12 @@ def load_robot(name: str, spec: PolicySpec, *, driver: str | None = None) -> Rob
         SpecError: no such robot, or its file does not fit; names the field.
     """
     robot = _find_robot(name, spec)
+    unnamed = [c for c in robot.cameras if c.kind == "realsense" and "serial" not in c.options]
+    if len(unnamed) > 1:
+        raise SpecError(
+            f"robot {name} has no serial numbers to tell {len(unnamed)} cameras apart; make a "
+            "robot file that has with: gwp-edge cameras --write robot.toml"
+        )
     if robot.arm.kind == "piper":
         from gwp_edge.drivers.piper_options import with_driver
 

@@ -34,7 +34,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "hil" / "tests.toml"
-NEEDS = frozenset({"jetson", "gpu", "bundle", "can", "realsense", "arm"})
+NEEDS = frozenset({"jetson", "gpu", "bundle", "can", "realsense", "robot", "arm"})
 _TAIL_LINES = 20
 SCHEMA = "gwp-edge.hil"
 SCHEMA_VERSION = 1
@@ -89,13 +89,20 @@ def missing(test: HilTest, named: frozenset[str], environ: Mapping[str, str]) ->
         return f"GWP_HIL does not name {', '.join(absent)}"
     if "bundle" in test.needs and not environ.get("GWP_HIL_BUNDLE"):
         return "GWP_HIL_BUNDLE names no bundle"
+    if "robot" in test.needs and not environ.get("GWP_HIL_ROBOT"):
+        return "GWP_HIL_ROBOT names no robot file"
     if "arm" in test.needs and environ.get("GWP_ARM_ENABLE") != "1":
         return "GWP_ARM_ENABLE is not 1: the arm must not move"
     return None
 
 
-def _command(test: HilTest, bundle: str, result: Path) -> tuple[str, ...]:
-    places = {"python": sys.executable, "BUNDLE": bundle, "RESULT": str(result)}
+def _command(test: HilTest, environ: Mapping[str, str], result: Path) -> tuple[str, ...]:
+    places = {
+        "python": sys.executable,
+        "BUNDLE": environ.get("GWP_HIL_BUNDLE", ""),
+        "ROBOT": environ.get("GWP_HIL_ROBOT", ""),
+        "RESULT": str(result),
+    }
     words: list[str] = []
     for word in test.command:
         if word == "GWP":
@@ -107,11 +114,11 @@ def _command(test: HilTest, bundle: str, result: Path) -> tuple[str, ...]:
     return tuple(words)
 
 
-def run_test(test: HilTest, bundle: str) -> Outcome:
+def run_test(test: HilTest, environ: Mapping[str, str]) -> Outcome:
     """Run one test to its end or its time limit."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "result.json"
-        command = _command(test, bundle, place)
+        command = _command(test, environ, place)
         t_start = time.monotonic()
         try:
             done = subprocess.run(
@@ -181,7 +188,7 @@ def run_all(
         why = missing(test, named, environ)
         if why is None:
             sys.stderr.write(f"{test.name}: {test.what} ...\n")
-            outcome = run_test(test, environ.get("GWP_HIL_BUNDLE", ""))
+            outcome = run_test(test, environ)
         else:
             outcome = Outcome(
                 name=test.name,

@@ -52,10 +52,17 @@ if [[ -x "$venv/bin/python" ]]; then
 else
     do_it python3 -m venv --system-site-packages "$venv"
 fi
+do_it "$venv/bin/python" -m pip install \
+    "$here[sim]" pyrealsense2 "piper-sdk>=0.6.2,<0.7" "python-can>=4.3,<5"
 # PyCUDA is compiled against the CUDA of this JetPack, so nvcc must be found.
 # Before 2025.1.2 it does not build on JetPack 7's CUDA 13 (PyCUDA's issue 485).
-do_it env PATH="/usr/local/cuda/bin:$PATH" "$venv/bin/python" -m pip install \
-    "$here" "pycuda>=2025.1.2" pyrealsense2 "piper-sdk>=0.6.2,<0.7" "python-can>=4.3,<5"
+if PATH="/usr/local/cuda/bin:$PATH" command -v nvcc >/dev/null; then
+    do_it env PATH="/usr/local/cuda/bin:$PATH" "$venv/bin/python" -m pip install "pycuda>=2025.1.2"
+else
+    say "  PyCUDA is left out: a flashed board has no CUDA compiler (nvcc). Get it, some GB, and run"
+    say "  this script again (docs/jetson.md, packages):"
+    say "  \$ sudo apt-get install nvidia-jetpack        # on Thor nvidia-cuda-dev is enough"
+fi
 say "  what the hardware tests (make hil) need beside it"
 do_it "$venv/bin/python" -m pip install -c "$here/constraints.txt" pytest hypothesis
 

@@ -11,7 +11,15 @@ import typer
 
 from gwp_edge.commands.options import EngineOption, JsonFlag, ProviderOption
 from gwp_edge.commands.profiling_tables import say_roofline
-from gwp_edge.console import progress_bars, remark, say, say_json, say_table, write_json
+from gwp_edge.console import (
+    progress_bars,
+    remark,
+    require_writable,
+    say,
+    say_json,
+    say_table,
+    write_json,
+)
 from gwp_edge.errors import BuildError, PerformanceIssue, SpecError
 
 if TYPE_CHECKING:
@@ -40,7 +48,7 @@ def bench(
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 10,
     engine: EngineOption = "ort",
     provider: ProviderOption = "cpu",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option("--threads", min=1, max=256, help="CPU threads.")] = 2,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured chunks.")] = 5,
     runs: Annotated[
         int,
@@ -83,6 +91,9 @@ def bench(
     if make_checkpoint is not None:
         _make_checkpoint(make_checkpoint, size, dtype)
         return
+    require_writable(json_file)
+    if engine not in ("ort", "trt"):
+        raise SpecError(f"--engine {engine}: expected ort or trt")
     if bundle is not None and check is not None:
         raise SpecError("--check is for random weights of a named --size; leave out --bundle")
     budgets = None

@@ -10,7 +10,7 @@ import typer
 from gwp_edge.commands.benching import bench
 from gwp_edge.commands.methods import methods
 from gwp_edge.commands.options import group_with_default
-from gwp_edge.console import remark, say, say_table, write_json
+from gwp_edge.console import remark, require_writable, say, say_table, write_json
 
 if TYPE_CHECKING:
     from gwp_edge.bench_soak import SoakReport
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def execution(
     duration: Annotated[float, typer.Option("--duration", help="Simulated seconds.")] = 60.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the toy policy's noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the toy policy's noise.")] = 0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
@@ -29,6 +29,7 @@ def execution(
     """
     from gwp_edge.bench_execution import compare
 
+    require_writable(json_file)
     results = compare(duration_s=duration, seed=seed)
     if json_file is not None:
         write_json(json_file, [result.to_dict() for result in results])
@@ -80,6 +81,7 @@ def loop(
     """
     from gwp_edge.bench_loop import measure_loop
 
+    require_writable(json_file)
     report = measure_loop(duration_s=duration, n_kills=kills, realtime=realtime)
     if json_file is not None:
         write_json(json_file, report.to_dict())
@@ -118,7 +120,7 @@ def loop(
 
 def soak(
     minutes: Annotated[float, typer.Option("--minutes", help="How long, in all.")] = 30.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of faults, order and pauses.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of faults, order and pauses.")] = 0,
     realtime: Annotated[
         bool, typer.Option("--realtime/--no-realtime", help="Ask for SCHED_FIFO.")
     ] = True,
@@ -137,6 +139,7 @@ def soak(
     """
     from gwp_edge.bench_soak import soak as run_soak
 
+    require_writable(json_file)
     report = run_soak(
         duration_s=60.0 * minutes,
         seed=seed,

@@ -63,6 +63,8 @@ def build(
     """
     if list_only and clean:
         raise SpecError("--list and --clean exclude each other")
+    if (list_only or clean) and not bundle.is_dir():
+        raise SpecError(f"{bundle}: no such bundle, so it has no engines")
     if list_only:
         _list(bundle, as_json=as_json)
         return

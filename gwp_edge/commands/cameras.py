@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from gwp_edge.commands.options import JsonFlag
-from gwp_edge.console import EXIT_FAILED, remark, say, say_json, say_table, write_file
+from gwp_edge.console import (
+    EXIT_FAILED,
+    remark,
+    require_writable,
+    say,
+    say_json,
+    say_table,
+    write_file,
+)
 from gwp_edge.errors import SpecError
 
 
@@ -39,6 +47,12 @@ def cameras(
     from gwp_edge.drivers.realsense import list_devices
 
     given = dict(_split(text) for text in role or [])
+    require_writable(write)
+    if write is not None and write.exists():
+        raise SpecError(
+            f"{write} is there already, perhaps with limits of yours; name another file, and copy "
+            "what you need"
+        )
     devices = list_devices()
     if write is not None:
         roles = assign_roles(devices, given)
@@ -71,7 +85,9 @@ def cameras(
         ]
         say_table("RealSense cameras", ("serial", "name", "USB", "firmware", "picture"), rows)
     else:
-        say("no RealSense camera is attached; check cable and power, and librealsense's udev rules")
+        remark(
+            "no RealSense camera is attached; check cable and power, and librealsense's udev rules"
+        )
     for picture in failed:
         remark(f"{picture.serial}: {picture.error}")
     if write is not None and devices:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gwp_edge.console import require_writable
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -40,12 +41,7 @@ def check_outputs(json_file: Path | None, folder: Path | None = None) -> None:
     Raises:
         SpecError: it cannot.
     """
-    if json_file is not None:
-        parent = json_file.resolve().parent
-        if not parent.is_dir():
-            raise SpecError(f"--json {json_file}: folder {parent} does not exist; make it first")
-        if json_file.is_dir():
-            raise SpecError(f"--json {json_file}: this is a folder; name a file")
+    require_writable(json_file)
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def export(
         typer.Option("--precision", help="fp32, fp16, bf16, int8, fp8, w8 or w4 (weights only)."),
     ] = "fp32",
     target: Annotated[
-        str, typer.Option("--target", help="cpu, orin, thor, ada, hopper, blackwell.")
+        str, typer.Option("--target", help="cpu, orin, thor, ampere, ada, hopper, blackwell.")
     ] = "cpu",
     calibration: Annotated[
         Path | None,

@@ -38,7 +38,7 @@ def infer(
     weights: Annotated[
         str, typer.Option("--weights", help="For ort on a CPU: packed (fast) or mapped.")
     ] = "packed",
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the noise.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the noise.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer one observation with one chunk; --json says what memory that took beside the weights.

@@ -13,6 +13,7 @@ from gwp_edge.console import (
     Interrupted,
     fail,
     raise_on_signals,
+    require_writable,
     say,
     write_json,
 )
@@ -39,13 +40,14 @@ def lag(
 ) -> None:
     """Measure the lag of one joint by a small slow sine; pass the result to run --lead-ms.
 
-    Example: gwp-edge lag policy.gwp --robot piper --channel left_joint_1 --yes
+    Example: gwp-edge lag policy.gwp --robot robot.toml --channel joint2.pos --yes
     """
     from gwp_edge.lag import LagOptions, measure_lag
     from gwp_edge.manifest import read_spec
     from gwp_edge.robots import create_arm, create_world, intersect_limits, load_robot
     from gwp_edge.workspace import find_arms
 
+    require_writable(json_file)
     spec = read_spec(bundle)
     config = load_robot(robot, spec, driver=driver)
     names = [c.name for c in spec.channels]

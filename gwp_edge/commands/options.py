@@ -16,7 +16,7 @@ TaskOption = Annotated[
 EngineOption = Annotated[str, typer.Option("--engine", help="ort, or trt where it was built.")]
 ProviderOption = Annotated[str, typer.Option("--provider", help="For ort: cpu or cuda.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads of the engine.")
+    int | None, typer.Option("--threads", min=1, max=256, help="CPU threads of the engine.")
 ]
 DriverOption = Annotated[
     str | None,

@@ -52,7 +52,7 @@ def plan(
         ),
     ] = False,
     threads: Annotated[
-        int, typer.Option("--threads", min=1, help="With --check: CPU threads.")
+        int, typer.Option("--threads", min=1, max=256, help="With --check: CPU threads.")
     ] = 2,
     as_json: JsonFlag = False,
 ) -> None:

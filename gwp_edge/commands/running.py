@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ from gwp_edge.commands.options import (
     TaskOption,
     ThreadsOption,
 )
-from gwp_edge.console import remark, say, say_table, write_json
+from gwp_edge.console import remark, require_writable, say, say_table, write_json
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -90,6 +91,13 @@ def run(
     from gwp_edge.robots import load_robot
     from gwp_edge.run_options import RunOptions
 
+    require_writable(json_file)
+    usable = os.sched_getaffinity(0)
+    if motor_cpu is not None and motor_cpu not in usable:
+        raise SpecError(
+            f"--motor-cpu {motor_cpu}: this process may use cores "
+            f"{', '.join(str(core) for core in sorted(usable))}"
+        )
     method, blend, synchronous = find_execution(execution)
     lead_ns = lead_ns_of(lead_ms)
     spec = read_spec(bundle)

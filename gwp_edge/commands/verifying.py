@@ -15,7 +15,15 @@ from gwp_edge.commands.options import (
     TaskOption,
     ThreadsOption,
 )
-from gwp_edge.console import EXIT_FAILED, progress_bars, remark, say, say_table, write_file
+from gwp_edge.console import (
+    EXIT_FAILED,
+    progress_bars,
+    remark,
+    require_writable,
+    say,
+    say_table,
+    write_file,
+)
 from gwp_edge.errors import BuildError, SpecError
 
 if TYPE_CHECKING:
@@ -105,9 +113,7 @@ def verify(
         record=calibration_record,
         engine=(engine, provider, threads),
     )
-    for path in (json_file, html):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise SpecError(f"{path}: folder {path.resolve().parent} does not exist")
+    require_writable(json_file, html)
     from gwp_edge.calibration.report import to_html, to_json
     from gwp_edge.calibration.verify import verify_bundle
 

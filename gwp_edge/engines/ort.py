@@ -66,6 +66,8 @@ class OrtEngine:
     ) -> None:
         if threads is not None and threads < 1:
             raise SpecError(f"--threads must be at least 1, got {threads}")
+        if weights not in ("packed", "mapped"):
+            raise SpecError(f"--weights {weights}: expected packed or mapped")
         self._bundle = bundle
         self._spec = bundle.spec
         self._provider = _available(provider)

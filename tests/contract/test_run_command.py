@@ -100,9 +100,31 @@ def test_run_with_bad_options_is_one_line_and_starts_nothing(exported, words, me
     assert message in lines[0]
 
 
-def test_run_on_absent_hardware_says_what_is_missing_and_moves_nothing(exported):
+def test_run_on_a_built_in_arm_with_several_cameras_asks_for_their_serials(exported):
+    """It started every process before it said so."""
+    code, _, err = finish(start(exported("gwp05"), "--robot", "piper-dual"))
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "no serial numbers to tell 3 cameras apart" in line
+    assert "gwp-edge cameras --write" in line
+
+
+ROBOT = """
+name = "two arms"
+[arm]
+kind = "piper"
+options = { left = "can_left", right = "can_right" }
+""" + "".join(
+    f'[[cameras]]\nrole = "{role}"\nkind = "realsense"\noptions = {{ serial = "{i}" }}\n'
+    for i, role in enumerate(("cam_high", "cam_left_wrist", "cam_right_wrist"))
+)
+
+
+def test_run_on_absent_hardware_says_what_is_missing_and_moves_nothing(exported, tmp_path):
     """No CAN interface and no camera here: refused before any motion, with the reason."""
-    code, out, err = finish(start(exported("gwp05"), "--robot", "piper-dual"))
+    robot = tmp_path / "robot.toml"
+    robot.write_text(ROBOT)
+    code, out, err = finish(start(exported("gwp05"), "--robot", robot))
     assert code == 1
     assert "the arm was not moved" in out + err or "nothing moved" in out + err
     assert "Traceback" not in err

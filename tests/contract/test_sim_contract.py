@@ -344,9 +344,9 @@ def test_world_of_unfit_spec_is_refused(spec, message):
 
 
 def test_arm_and_camera_without_world_are_refused(running):
-    with pytest.raises(SpecError, match="running world"):
+    with pytest.raises(SpecError, match="world in the robot file"):
         sim.create_arm({}, SPEC)
-    with pytest.raises(SpecError, match="running world"):
+    with pytest.raises(SpecError, match="world in the robot file"):
         sim.create_camera("cam_high", {}, SPEC)
     with pytest.raises(SpecError, match="no camera cam_back"):
         sim.create_camera("cam_back", running[1], SPEC)

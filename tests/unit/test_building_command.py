@@ -78,6 +78,7 @@ def built(tmp_path):
         proof=(),
         golden_error=0.001,
     )
+    bundle.mkdir()
     with building_folder(bundle, KEY) as work:
         write_record(work, record)
     return bundle
@@ -90,6 +91,12 @@ def test_build_list_and_clean_need_no_gpu(built):
     assert len(json.loads(run("build", str(built), "--clean", "--json"))["removed"]) == 1
     assert json.loads(run("build", str(built), "--list", "--json")) == []
     assert "there was nothing" in run("build", str(built), "--clean")
+
+
+@pytest.mark.parametrize("flag", ["--list", "--clean"])
+def test_build_of_a_mistyped_bundle_is_an_error(tmp_path, flag):
+    with pytest.raises(SpecError, match=r"nope\.gwp: no such bundle"):
+        run("build", str(tmp_path / "nope.gwp"), flag)
 
 
 @pytest.mark.parametrize(

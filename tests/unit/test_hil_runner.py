@@ -45,6 +45,20 @@ def test_list_every_test_names_known_needs_and_commands():
     assert all("arm" in t.needs for t in moving)
 
 
+def test_list_names_what_a_command_takes():
+    """A test that was ready and could only fail: no GPU, no cameras, no serial numbers."""
+    for test in hil.read_list():
+        words = set(test.command)
+        assert ("ROBOT" in words) == ("robot" in test.needs)
+        assert "trt" not in words or "gpu" in test.needs
+        if "ROBOT" in words:
+            assert {"can", "realsense"} <= set(test.needs)
+    (moves,) = [t for t in hil.read_list() if t.name == "arm-moves"]
+    environ = {"GWP_HIL_BUNDLE": "b", "GWP_ARM_ENABLE": "1"}
+    assert "GWP_HIL_ROBOT" in hil.missing(moves, hil.NEEDS, environ)
+    assert hil.missing(moves, hil.NEEDS, {**environ, "GWP_HIL_ROBOT": "r.toml"}) is None
+
+
 def test_list_with_an_unknown_need_is_refused(tmp_path):
     path = tmp_path / "t.toml"
     path.write_text('[[test]]\nname="a"\nwhat="b"\nneeds=["moon"]\ncommand=["x"]\ntimeout_s=1\n')
@@ -65,13 +79,13 @@ def test_moving_the_arm_needs_its_own_word():
 
 
 def test_outcomes_passed_failed_result_and_timeout():
-    good = hil.run_test(entry("print('{\"ms\": 3}')", result=True), "")
+    good = hil.run_test(entry("print('{\"ms\": 3}')", result=True), {})
     assert (good.status, good.result) == ("passed", {"ms": 3})
-    bad = hil.run_test(entry("import sys; print('why'); sys.exit(3)"), "")
+    bad = hil.run_test(entry("import sys; print('why'); sys.exit(3)"), {})
     assert (bad.status, bad.why, bad.output) == ("failed", "exit code 3", ("why",))
-    dumb = hil.run_test(entry("print('no')", result=True), "")
+    dumb = hil.run_test(entry("print('no')", result=True), {})
     assert (dumb.status, dumb.why) == ("failed", "it printed no JSON")
-    slow = hil.run_test(entry("import time; time.sleep(60)", timeout_s=0.2), "")
+    slow = hil.run_test(entry("import time; time.sleep(60)", timeout_s=0.2), {})
     assert slow.status == "failed"
     assert "not done after" in slow.why
 
@@ -89,17 +103,17 @@ def test_outcome_of_a_test_program_that_skips_everything_is_failed(tmp_path):
     """69 skipped cases, for want of torch, were recorded as a contract that holds."""
     path = tmp_path / "test_it.py"
     path.write_text("import pytest\ndef test_a(): pytest.skip('no torch here')\n" * 2)
-    skipped = hil.run_test(pytest_entry(path), "")
+    skipped = hil.run_test(pytest_entry(path), {"GWP_HIL_BUNDLE": ""})
     assert skipped.status == "failed"
     assert skipped.why == "none of 1 cases ran: no torch here"
     path.write_text("import pytest\npytest.importorskip('nothing_of_that_name')\n")
     # Skipped while it was collected: pytest says so with a code of its own.
-    assert hil.run_test(pytest_entry(path), "").status == "failed"
+    assert hil.run_test(pytest_entry(path), {"GWP_HIL_BUNDLE": ""}).status == "failed"
     path.write_text("import pytest\ndef test_a(): pytest.skip('b')\ndef test_c(): pass\n")
-    good = hil.run_test(pytest_entry(path), "")
+    good = hil.run_test(pytest_entry(path), {"GWP_HIL_BUNDLE": ""})
     assert (good.status, good.result["tests"], good.result["skipped"]) == ("passed", 2, 1)
     path.write_text("def test_a(): assert False\n")
-    assert hil.run_test(pytest_entry(path), "").status == "failed"
+    assert hil.run_test(pytest_entry(path), {"GWP_HIL_BUNDLE": ""}).status == "failed"
 
 
 # Invented figures of a device that does not exist: what is tested is where they end up.

@@ -79,8 +79,11 @@ def test_unknown_robot_names_the_known_ones_and_the_nearest():
 def test_built_in_robots_have_a_camera_for_every_role():
     cameras = ("cam_high", "cam_left_wrist", "cam_right_wrist")
     spec = make_spec(2, cameras=cameras)
-    for name in ("kinematic", "sim", "piper-dual"):
+    for name in ("kinematic", "sim"):
         assert tuple(c.role for c in load_robot(name, spec).cameras) == cameras
+    assert [c.role for c in load_robot("piper-dual", make_spec(2)).cameras] == ["cam_high"]
+    with pytest.raises(SpecError, match=r"no serial numbers to tell 3 cameras apart.*--write"):
+        load_robot("piper-dual", spec)
     with pytest.raises(SpecError, match="use --robot piper-dual"):
         load_robot("piper", spec)
     with pytest.raises(SpecError, match="use --robot piper "):

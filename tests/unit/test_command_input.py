@@ -1,0 +1,84 @@
+"""What a command is given is judged before it works for minutes, or moves an arm."""
+
+import os
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gwp_edge.cli import app
+from gwp_edge.console import require_writable
+from gwp_edge.errors import SpecError
+from gwp_edge.observation_file import load_observation
+from gwp_edge.policy import load
+from gwp_edge.testing import make_spec
+
+
+def error_of(*words):
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert isinstance(done.exception, SpecError), (done.exception, done.output)
+    return str(done.exception)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "policy.gwp", "--robot", "kinematic", "--json"),
+        ("lag", "policy.gwp", "--robot", "kinematic", "--json"),
+        ("bench", "loop", "--json"),
+        ("bench", "soak", "--json"),
+        ("bench", "execution", "--json"),
+        ("bench", "engine", "--json-file"),
+        ("cameras", "--write"),
+    ],
+)
+def test_result_that_could_not_be_written_is_refused_before_the_work(tmp_path, words):
+    """The arm moved, half an hour of faults passed, and then the figures were lost."""
+    assert "does not exist; make it first" in error_of(*words, tmp_path / "no" / "x.json")
+    assert "this is a folder; name a file" in error_of(*words, tmp_path)
+
+
+def test_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+    with pytest.raises(SpecError, match="cannot be written"):
+        require_writable(None, tmp_path / "x.json")
+
+
+def test_robot_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "robot.toml"
+    path.write_text("mine")
+    assert "there already" in error_of("cameras", "--write", path)
+    assert path.read_text() == "mine"
+
+
+def test_core_that_is_not_there_is_refused(tmp_path):
+    text = error_of("run", tmp_path, "--robot", "kinematic", "--motor-cpu", 4096)
+    assert "--motor-cpu 4096: this process may use cores 0" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("infer", "policy.gwp", "--threads", "100000"), "--threads"),
+        (("infer", "policy.gwp", "--seed", "-1"), "--seed"),
+        (("bench", "execution", "--seed", "-1"), "--seed"),
+        (("bench", "soak", "--seed", "-1"), "--seed"),
+    ],
+)
+def test_number_out_of_range_is_a_usage_error(words, told):
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert told in done.output
+
+
+def test_observation_that_is_one_array_says_so(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(SpecError, match=r"one array \(\.npy\); expected an \.npz"):
+        load_observation(tmp_path / "x.npy", make_spec())
+
+
+@pytest.mark.export
+def test_weights_that_do_not_exist_are_refused(exported):
+    pytest.importorskip("torch")
+    with pytest.raises(SpecError, match="--weights zip: expected packed or mapped"):
+        load(exported("gwp05"), weights="zip")
