@@ -227,10 +227,9 @@ class PiperUnit:
             self._watch_drift(now_ns)
 
     def _watch_drift(self, now_ns: int) -> None:
-        joints = self.feedback.joint_rad
-        if joints is None:
-            return
-        oldest_ns = now_ns - SILENCE_NS
+        joints, oldest_ns = self.feedback.joint_rad, now_ns - SILENCE_NS
+        if joints is None or self.feedback.t_pose_ns < oldest_ns:
+            return  # the whole arm is silent, or was not read for a while
         for j, (motor, joint) in enumerate(zip(self.feedback.motor_rad, joints, strict=True)):
             if self.feedback.t_fast_ns[j] < oldest_ns:
                 self._see_silent_motor(j)

@@ -401,6 +401,9 @@ def test_motor_feedback_that_stopped_is_no_drift(caplog):
         target[0] += 0.003
         assert rig.run(target, 1).fault is None
     assert caplog.text.count("joint 1: no motor feedback (0x251)") == 1
+    rig.clock.sleep_until_ns(rig.clock.t_ns + 500 * MS)  # nobody reads: what waits is old
+    rig.arm.state()
+    assert caplog.text.count("no motor feedback") == 1
     rig.fake.faults.mute_ids = frozenset()
     rig.fake.faults.drift_mdeg[1] = 25_000
     text, _ = rig.fault_after(1_000 * MS)
