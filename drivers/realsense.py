@@ -294,6 +294,9 @@ class RealSenseSource:
         if o.steady_fps and sensor.supports(rs.option.auto_exposure_priority):
             sensor.set_option(rs.option.auto_exposure_priority, 0)
         if o.exposure_us is None and o.gain is None:
+            # A device keeps what another program, or an earlier robot file, has set.
+            if sensor.supports(rs.option.enable_auto_exposure):
+                self._set(rs, sensor, rs.option.enable_auto_exposure, 1)
             return
         self._set(rs, sensor, rs.option.enable_auto_exposure, 0)
         if o.exposure_us is not None:

@@ -126,18 +126,22 @@ def test_exposure_without_such_an_option_is_refused(software_camera):
 
 @pytest.fixture
 def source_with_exposure(monkeypatch):
-    """Return a function that opens a source whose sensor has the options of an RGB module."""
+    """Return a function that opens a source whose sensor has the options of an RGB module.
+
+    ``before``: values that another program has left.
+    """
     import pyrealsense2 as rs
 
     from gwp_edge.drivers import realsense_software as software
 
     sensors, sources = [], []
+    left = {}
     make_device = software.make_device
 
     def make_with_options(*given):
         device, sensor, profile = make_device(*given)
         for option, low, high, now in (
-            (rs.option.enable_auto_exposure, 0, 1, 1),
+            (rs.option.enable_auto_exposure, 0, 1, left.get("enable_auto_exposure", 1)),
             (rs.option.exposure, 1, 10_000, 156),
             (rs.option.gain, 0, 128, 64),
         ):
@@ -147,7 +151,9 @@ def source_with_exposure(monkeypatch):
         sensors.append(sensor)
         return device, sensor, profile
 
-    def open_source(**options):
+    def open_source(before=None, **options):
+        left.clear()
+        left.update(before or {})
         has = realsense.RealSenseOptions(serial="A", width_px=64, height_px=48, **options)
         lookup = software.SoftwareLookup("cam_high", has, software.SoftwareScript())
         sources.append(realsense.RealSenseSource("cam_high", has, lookup))
@@ -163,7 +169,7 @@ def source_with_exposure(monkeypatch):
 
 def test_exposure_and_gain_are_set_and_switch_the_automatic_off(source_with_exposure):
     """An RGB module counts exposure in steps of 100 us."""
-    left_alone = source_with_exposure()
+    left_alone = source_with_exposure(before={"enable_auto_exposure": 0})
     assert left_alone["enable_auto_exposure"] == 1
     chosen = source_with_exposure(exposure_us=8000, gain=32)
     assert chosen == {"enable_auto_exposure": 0, "exposure": 80, "gain": 32}
