@@ -131,6 +131,7 @@ def read_statistics(path: Path, n_channels: int, *, embodiment: str | None = Non
         for short, name in (("state", _STATE), ("action", _ACTION))
         for q in ("q01", "q99")
     }
+    _warn_of_rest(group, n_channels, path)
     for short, name in (("state", _STATE), ("action", _ACTION)):
         pairs = list(zip(values[f"{short}_q01"], values[f"{short}_q99"], strict=True))
         still = [str(i) for i, (low, high) in enumerate(pairs) if low == high]
@@ -146,6 +147,22 @@ def read_statistics(path: Path, n_channels: int, *, embodiment: str | None = Non
         return Statistics(**values)
     except (ValueError, msgspec.ValidationError) as e:
         raise SpecError(f"{path}: {e}") from e
+
+
+def _warn_of_rest(group: dict[str, Any], n_channels: int, path: Path) -> None:
+    """Say so where actions beyond the layout's channels moved: padding never does."""
+    low, high = (group[_ACTION][q][n_channels:] for q in ("q01", "q99"))
+    for i, (a, b) in enumerate(zip(low, high, strict=False)):
+        if isinstance(a, float) and isinstance(b, float) and a < b:
+            logger.warning(
+                "%s: %s channel %d moved in training, but the layout has %d channels: is it that "
+                "of the robot it was trained on? See --layout",
+                path,
+                _ACTION,
+                n_channels + i,
+                n_channels,
+            )
+            return
 
 
 def _choose_group(groups: dict[str, Any], embodiment: str | None, path: Path) -> dict[str, Any]:
@@ -174,7 +191,10 @@ def _channels(
     if not isinstance(values, list):
         raise SpecError(f"{where}: expected a list of numbers, got {type(values).__name__}")
     if len(values) < n_channels:
-        raise SpecError(f"{where}: expected at least {n_channels} values, got {len(values)}")
+        raise SpecError(
+            f"{where}: the layout has {n_channels} channels, got {len(values)} values; give the "
+            "layout of this robot with --layout"
+        )
     for i, value in enumerate(values[:n_channels]):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise SpecError(f"{where}: channel {i} is {value!r}, not a number")

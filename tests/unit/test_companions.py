@@ -179,7 +179,10 @@ def put(group, quantile, channel, value):
         (put("action", "q01", 0, -math.inf), r"action\.q01: channel 0 is -inf"),
         (put("action", "q01", 0, "x"), r"action\.q01: channel 0 is 'x'"),
         (put("action", "q01", 0, True), r"action\.q01: channel 0 is True"),
-        (lambda s: s["action"].update(q99=[1.0] * 13), r"action\.q99: expected at least 14.*13"),
+        (
+            lambda s: s["action"].update(q99=[1.0] * 13),
+            r"action\.q99: the layout has 14.*13 values.*--layout",
+        ),
         (lambda s: s["action"].pop("q99"), r"action\.q99: expected a list"),
         (lambda s: s.update(action=[1.0]), r"action\.q01: expected a list"),
         (lambda s: s.pop("observation.state"), r"no observation\.state.*it has action"),
@@ -193,6 +196,14 @@ def test_read_statistics_that_do_not_fit_refuses_by_name(edit, change, words):
 
 def test_read_statistics_beyond_the_channels_is_not_judged(edit):
     read_statistics(edit(put("action", "q01", 14, math.nan)), 14)
+
+
+def test_read_statistics_of_a_robot_with_more_channels_says_so(caplog):
+    """Two arms, exported with the layout of one: half a policy on a robot that it does not know."""
+    read_statistics(SOURCE / "norm_stats.json", 14)
+    assert "moved in training" not in caplog.text
+    read_statistics(SOURCE / "norm_stats.json", 7)
+    assert "action channel 7 moved in training, but the layout has 7 channels" in caplog.text
 
 
 def test_read_statistics_degenerate_channel_warns(edit, caplog):
