@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -84,6 +85,20 @@ class ChannelLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     velocity_max: float | None = None
     acceleration_max: float | None = None
 
+    @property
+    def problem(self) -> str | None:
+        """What cannot be meant so, or None."""
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            is_rate = name in ("velocity_max", "acceleration_max")
+            if value is not None and not (0.0 if is_rate else -math.inf) < value < math.inf:
+                what = "a positive" if is_rate else "a finite"
+                return f"{name}: expected {what} number, got {value}"
+        low, high = self.position_min, self.position_max
+        if low is not None and high is not None and not low < high:
+            return f"position_min {low} is not below position_max {high}"
+        return None
+
 
 class ObservationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When what the cameras show is too old; see ``observe.ObservationLimits``."""
@@ -133,6 +148,14 @@ class RobotConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     observation: ObservationConfig = msgspec.field(default_factory=ObservationConfig)
     park: dict[str, float] = msgspec.field(default_factory=dict)
     workspace: dict[str, WorkspaceBox] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, limits in self.limits.items():
+            if limits.problem is not None:
+                raise ValueError(f"limits of {name}: {limits.problem}")
+        for name, value in self.park.items():
+            if not math.isfinite(value):
+                raise ValueError(f"park: {name} is {value}, not a finite number")
 
     @property
     def is_simulated(self) -> bool:
@@ -190,7 +213,8 @@ def read_robot_file(path: Path) -> RobotConfig:
     """Read a TOML robot file.
 
     Raises:
-        SpecError: it cannot be read, or a field is missing, unknown or of the wrong type.
+        SpecError: it cannot be read, a field is missing, unknown or of the wrong type, or nobody
+            has a driver for a device.
     """
     try:
         # Decoded here and not by msgspec.toml, whose import of a TOML library differs by Python.
@@ -199,6 +223,7 @@ def read_robot_file(path: Path) -> RobotConfig:
         raise SpecError(f"robot file {path}: cannot read it: {e.strerror}") from e
     except (msgspec.ValidationError, ValueError) as e:
         raise SpecError(f"robot file {path}: {e}") from e
+    _check_kinds(robot, f"robot file {path}")
     cameras = tuple(
         camera
         if camera.picture is None
@@ -380,17 +405,41 @@ def _check_fits(robot: RobotConfig, spec: PolicySpec, where: str) -> None:
         raise SpecError(f"{where}: {e}") from e
 
 
+def _check_kinds(robot: RobotConfig, where: str) -> None:
+    """Check that there is a driver for each device, without importing any."""
+    devices: list[tuple[DeviceConfig, Mapping[str, str], str | None, str]] = [
+        (robot.arm, ARMS, "gwp_edge.arms", "arm"),
+        *((camera, CAMERAS, "gwp_edge.cameras", "camera") for camera in robot.cameras),
+    ]
+    if robot.world is not None:
+        devices.append((robot.world, WORLDS, None, "world"))
+    try:
+        for device, registry, group, what in devices:
+            _reference(device.kind, registry, group, what)
+    except SpecError as e:
+        raise SpecError(f"{where}: {e}") from e
+
+
 def _factory(
     kind: str, registry: Mapping[str, str], group: str | None, what: str
 ) -> Callable[..., object]:
+    return import_callable(_reference(kind, registry, group, what), f"{what} driver")
+
+
+def _reference(kind: str, registry: Mapping[str, str], group: str | None, what: str) -> str:
+    """Return "module:function" of a driver.
+
+    Raises:
+        SpecError: nobody has one of this kind.
+    """
     if kind in registry:
-        return import_callable(registry[kind], f"{what} driver")
+        return registry[kind]
     # Slow to import, and needed for third parties' devices only.
     from importlib.metadata import entry_points
 
     found = {e.name: e for e in entry_points(group=group)} if group else {}
     if kind in found:
-        return import_callable(found[kind].value, f"{what} driver")
+        return found[kind].value
     have = ", ".join(sorted([*registry, *found]))
     raise SpecError(f"{what} kind {kind!r} is not known; there are {have}")
 

@@ -92,14 +92,34 @@ def test_built_in_robots_have_a_camera_for_every_role():
 
 def test_unknown_kind_and_bad_option_are_refused(tmp_path):
     spec = make_spec()
-    robot = load_robot(
-        _write(tmp_path, FILE.replace('[arm]\nkind = "kinematic"', '[arm]\nkind = "tank"')), spec
-    )
-    with pytest.raises(SpecError, match="arm kind 'tank' is not known; there are"):
-        create_arm(robot, spec, {})
+    tank = _write(tmp_path, FILE.replace('[arm]\nkind = "kinematic"', '[arm]\nkind = "tank"'))
+    with pytest.raises(SpecError, match=r"robot.*toml: arm kind 'tank' is not known; there are"):
+        load_robot(tank, spec)
     robot = load_robot(_write(tmp_path, FILE.replace("lag_s", "lagg_s")), spec)
     with pytest.raises(SpecError, match="lagg_s"):
         create_arm(robot, spec, {"kinematic_segment": "x"})
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("velocity_max = 0.0", r"velocity_max: expected a positive number, got 0\.0"),
+        ("acceleration_max = nan", "acceleration_max: expected a positive number, got nan"),
+        ("position_min = inf", "position_min: expected a finite number, got inf"),
+        ("position_min = 1.0\nposition_max = 0.5", r"position_min 1\.0 is not below"),
+    ],
+)
+def test_limits_that_cannot_be_meant_are_refused_with_the_file(tmp_path, lines, words):
+    """They used to end a run after all its processes had started, without a name."""
+    path = _write(tmp_path, FILE + f"\n[limits.left_joint_3]\n{lines}\n")
+    with pytest.raises(SpecError, match=f"robot file .*toml: limits of left_joint_3: {words}"):
+        load_robot(path, make_spec())
+
+
+def test_park_pose_that_is_no_number_is_refused(tmp_path):
+    path = _write(tmp_path, FILE.replace("left_joint_1 = 0.0", "left_joint_1 = nan"))
+    with pytest.raises(SpecError, match="park: left_joint_1 is nan"):
+        load_robot(path, make_spec())
 
 
 def test_every_registered_factory_exists_or_names_its_extra():
