@@ -31,7 +31,8 @@ from gwp_edge.motor_options import MotorOptions
 from gwp_edge.motor_process import ArmSetup
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_options import PolicyOptions
-from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig, create_arm
+from gwp_edge.robot_config import ArmConfig, CameraConfig, DeviceConfig, RobotConfig
+from gwp_edge.robots import create_arm
 from gwp_edge.run_options import RunOptions, RunStatus
 from gwp_edge.runtime import run
 from gwp_edge.status import Mode, Word

@@ -25,7 +25,7 @@ from gwp_edge.errors import SpecError
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_options import PolicyOptions
-from gwp_edge.robots import ArmConfig, CameraConfig, DeviceConfig, RobotConfig
+from gwp_edge.robot_config import ArmConfig, CameraConfig, DeviceConfig, RobotConfig
 from gwp_edge.run_options import RunOptions
 from gwp_edge.runtime import run
 from gwp_edge.soak_faults import FAULTS, N_ARMS, Rig, SoakFault

@@ -11,7 +11,7 @@ import numpy as np
 from gwp_edge.errors import SpecError, StaleError
 from gwp_edge.mailbox import Board
 from gwp_edge.protocols import Camera
-from gwp_edge.robots import ObservationConfig
+from gwp_edge.robot_config import ObservationConfig
 from gwp_edge.types import FloatArray, Frame, Observation
 
 _N_HISTORY: Final = 512

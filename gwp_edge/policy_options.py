@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gwp_edge.chunking import Guidance
 from gwp_edge.errors import SpecError
 from gwp_edge.observe import ObservationLimits
-from gwp_edge.robots import RobotConfig
+from gwp_edge.robot_config import RobotConfig
 from gwp_edge.spec import PolicySpec
 
 

@@ -13,7 +13,7 @@ from typing import Final
 from gwp_edge.doctor import devices, judge, power
 from gwp_edge.doctor.system import CheckResult as Finding
 from gwp_edge.doctor.system import LocalSystem, System
-from gwp_edge.robots import RobotConfig
+from gwp_edge.robot_config import RobotConfig
 from gwp_edge.telemetry import CheckResult
 
 PICTURE_AGE_MAX_S: Final = 30 * 24 * 3600.0

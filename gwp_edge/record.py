@@ -24,7 +24,7 @@ from gwp_edge.child_process import start_shielded
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.record_process import RecordSetup, record_main
-from gwp_edge.robots import RobotConfig
+from gwp_edge.robot_config import RobotConfig
 from gwp_edge.session_format import VERSION, SessionHeader
 from gwp_edge.shared_memory import SHM_DIR, unique_name
 from gwp_edge.spec import PolicySpec

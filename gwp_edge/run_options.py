@@ -10,7 +10,7 @@ from gwp_edge.errors import SpecError
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.operator_input import Key
 from gwp_edge.policy_options import PolicyOptions
-from gwp_edge.robots import RobotConfig
+from gwp_edge.robot_config import RobotConfig
 from gwp_edge.spec import PolicySpec
 from gwp_edge.status import Event, HoldReason, Mode, PolicyPhase
 

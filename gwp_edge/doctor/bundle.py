@@ -10,7 +10,8 @@ from gwp_edge.engines import create_engine
 from gwp_edge.errors import GwpError, SpecError
 from gwp_edge.preflight import check_golden
 from gwp_edge.preflight_machine import check_buses, check_pictures
-from gwp_edge.robots import RobotConfig, load_robot, read_robot_file
+from gwp_edge.robot_config import RobotConfig
+from gwp_edge.robots import load_robot, read_robot_file
 from gwp_edge.spec import PolicySpec
 
 

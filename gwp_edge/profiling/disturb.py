@@ -20,7 +20,7 @@ import msgspec
 
 from gwp_edge.drivers.disturbed import Delay
 from gwp_edge.errors import SpecError
-from gwp_edge.robots import RobotConfig
+from gwp_edge.robot_config import RobotConfig
 from gwp_edge.run_options import RunStatus
 from gwp_edge.status import Mode
 

@@ -11,7 +11,8 @@ from camera_suite import CameraContract
 
 from gwp_edge.drivers import recorded
 from gwp_edge.errors import DeviceError, SpecError
-from gwp_edge.robots import CameraConfig, create_camera
+from gwp_edge.robot_config import CameraConfig
+from gwp_edge.robots import create_camera
 from gwp_edge.testing import make_spec
 
 DATASET = Path(__file__).parents[1] / "data" / "dataset"

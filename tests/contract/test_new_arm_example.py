@@ -9,7 +9,8 @@ import pytest
 from arm_suite import ArmContract
 
 from gwp_edge.errors import SpecError
-from gwp_edge.robots import ArmConfig, RobotConfig, create_arm, read_robot_file
+from gwp_edge.robot_config import ArmConfig, RobotConfig
+from gwp_edge.robots import create_arm, read_robot_file
 from gwp_edge.testing import make_spec
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "new_arm" / "serial_arm.py"

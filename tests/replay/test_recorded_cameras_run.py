@@ -14,7 +14,8 @@ import pytest
 from gwp_edge.motor import MotorOptions
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_options import PolicyOptions
-from gwp_edge.robots import CameraConfig, load_robot
+from gwp_edge.robot_config import CameraConfig
+from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.session_format import Session
 from gwp_edge.status import HoldReason, Mode

@@ -10,7 +10,7 @@ import pytest
 from gwp_edge import motor_process
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
-from gwp_edge.robots import ArmConfig, RobotConfig
+from gwp_edge.robot_config import ArmConfig, RobotConfig
 from gwp_edge.status import Mode, Request, Word
 from gwp_edge.testing import FakeArm, FakeClock, make_spec
 from gwp_edge.types import JointLimits

@@ -8,15 +8,8 @@ import pytest
 
 from gwp_edge import robots
 from gwp_edge.errors import SpecError
-from gwp_edge.robots import (
-    ArmConfig,
-    CameraConfig,
-    ChannelLimits,
-    create_arm,
-    create_camera,
-    intersect_limits,
-    load_robot,
-)
+from gwp_edge.robot_config import ArmConfig, CameraConfig, ChannelLimits
+from gwp_edge.robots import create_arm, create_camera, intersect_limits, load_robot
 from gwp_edge.testing import make_spec
 from gwp_edge.types import JointLimits
 
