@@ -275,6 +275,8 @@ def read_manifest(path: Path | str) -> Manifest:
     root = Path(path)
     if not root.exists():
         raise SpecError(f"{root}: no such bundle; make one with: gwp-edge export CHECKPOINT")
+    if root.is_file():
+        raise SpecError(f"{root}: is a file; name the folder of a bundle")
     path = root / MANIFEST
     try:
         data = path.read_bytes()

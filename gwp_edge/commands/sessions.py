@@ -74,6 +74,11 @@ def replay(
     path = bundle or Path(recorded.header.policy.get("path", ""))
     if not path.name:
         raise SpecError(f"{session}: was not recorded with a bundle; name one by --bundle")
+    if bundle is None and not path.exists():
+        raise SpecError(
+            f"{session}: the bundle that ran was {path}, which is not there from this folder; name "
+            "it by --bundle"
+        )
     with progress_bars() as bars:
         policy = load(
             path,

@@ -45,6 +45,7 @@ class Run:
         keys=None,
         park_share=None,
         replan_hz=None,
+        synchronous=False,
         **options,
     ):
         robot = load_robot("kinematic", self.spec)
@@ -77,6 +78,7 @@ class Run:
                     kwargs=kwargs,
                     limits=LIMITS,
                     replan_hz=replan_hz,
+                    synchronous=synchronous,
                 ),
                 **options,
             ),

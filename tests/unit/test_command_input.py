@@ -82,3 +82,9 @@ def test_weights_that_do_not_exist_are_refused(exported):
     pytest.importorskip("torch")
     with pytest.raises(SpecError, match="--weights zip: expected packed or mapped"):
         load(exported("gwp05"), weights="zip")
+
+
+def test_file_inside_of_a_bundle_is_not_one(tmp_path):
+    path = tmp_path / "manifest.json"
+    path.write_text("{}")
+    assert error_of("inspect", path) == f"{path}: is a file; name the folder of a bundle"

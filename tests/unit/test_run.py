@@ -160,6 +160,16 @@ def test_run_policy_that_stops_answering_ends_holding(a_run):
     a_run.check_decelerated_and_holding()
 
 
+def test_run_synchronous_policy_that_stops_answering_ends(a_run, monkeypatch):
+    """The arm stands and waits for the next plan: nothing ever ran out, and the run never ended."""
+    monkeypatch.setattr("gwp_edge.supervisor._PLAN_TIMEOUT_S", 0.5)
+    a_run.spec = make_spec(n_rows=16)
+    motor = dataclasses.replace(MOTOR, synchronous=True)
+    summary = a_run.start(script="wait", policy={"after_n": 6}, motor=motor, synchronous=True)
+    assert (summary.outcome, summary.exit_code) == ("held", 1)
+    assert "no usable plan came" in summary.message
+
+
 def test_run_camera_stall_ends_holding(a_run):
     a_run.spec = make_spec(n_rows=48)
     summary = a_run.start(faults=[{"kind": "camera-freeze", "at_s": 0.5}])
