@@ -76,9 +76,9 @@ class Sender:
             # Computed for an arm in motion, which has stopped since.
             self._words[Word.MOTOR_N_SEND_DROPPED] += 1
             return False
-        if self.paused_ns(t_tick_ns):
+        if self.paused_ns(t_tick_ns) and not self._n_dropped:
             # The pause is no sign of a bus that takes nothing: nobody offered it anything.
-            self._t_sent_ns, self._n_dropped = t_begin_ns, 0
+            self._t_sent_ns = t_begin_ns
         self.last[:] = command
         # Not the end: an interruption falls into the system calls rather than before them.
         self._t_last_ns = t_begin_ns

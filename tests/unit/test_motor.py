@@ -496,6 +496,18 @@ def test_full_queue_after_a_pause_of_the_loop_is_one_dropped_command(rig):
     assert rig.loop.mode is Mode.FAULT
 
 
+def test_queue_that_takes_long_to_be_full_faults_all_the_same(rig, monkeypatch):
+    rig.run()
+
+    def slow(_command):
+        rig.clock.advance(60 * MS)
+        raise DeviceTimeoutError("queue full")
+
+    monkeypatch.setattr(rig.arm, "send", slow)
+    rig.ticks(2)
+    assert rig.loop.mode is Mode.FAULT
+
+
 def test_commands_dropped_for_longer_than_a_pause_fault(make_rig):
     """At a low rate five of them take so long that the arm has stopped meanwhile."""
     rig = make_rig(rate_hz=30.0)
