@@ -17,5 +17,9 @@ bundle() { # NAME FAMILY [FLAG...]
 bundle gwp05-exact gwp05 --timesteps exact
 bundle gwp0-exact gwp0 --timesteps exact
 bundle gwp05-fp16 gwp05 --precision fp16
-bundle gwp05-int8 gwp05 --precision int8 --calibration tests/data/dataset --samples 8 --observer minmax --no-smoothing --no-budget
+calibrated=(--calibration tests/data/dataset --samples 8 --observer minmax --no-smoothing --no-budget)
+bundle gwp05-int8 gwp05 --precision int8 "${calibrated[@]}"
+bundle gwp0-int8 gwp0 --precision int8 "${calibrated[@]}"
+bundle gwp05-fp8 gwp05 --precision fp8 "${calibrated[@]}"
+bundle gwp05-w4 gwp05 --precision w4 "${calibrated[@]}"
 bundle gwp0-w8 gwp0 --precision w8 --no-budget

@@ -27,6 +27,7 @@ TOLERANCE = {
     ("trt", "bf16"): 8e-2,
     ("trt", "int8"): 1e-1,
     ("trt", "fp8"): 1e-1,
+    ("trt", "w4"): 1e-1,
 }
 
 

@@ -38,6 +38,7 @@ EXPORTED = [
     ("gwp05", "int8", QUANTIZED),
     ("gwp0", "int8", QUANTIZED),
     ("gwp05", "fp8", QUANTIZED),
+    ("gwp05", "w4", QUANTIZED),
 ]
 FOLDER = os.environ.get("GWP_TEST_BUNDLES")
 CASES = sorted(Path(FOLDER).glob("*.gwp")) if FOLDER else EXPORTED
@@ -77,12 +78,13 @@ def bundle(request, capability, built) -> Bundle:
         found = Bundle.open(request.param)
     else:
         family, precision, options = request.param
-        if precision == "fp8" and capability < _FP8_SINCE:
-            pytest.skip("this GPU has no fp8 units")
         export = request.getfixturevalue("exported")
         found = Bundle.open(export(family, precision=precision, **options))
-    if ("trt", found.manifest.precision.name) not in TOLERANCE:
-        pytest.skip(f"{found.manifest.precision.name} is not for TensorRT")
+    precision = found.manifest.precision.name
+    if ("trt", precision) not in TOLERANCE:
+        pytest.skip(f"{precision} is not for TensorRT")
+    if precision == "fp8" and capability < _FP8_SINCE:
+        pytest.skip("this GPU has no fp8 units")
     if found.root not in built:
         build_engines(found, BuildOptions(level=1))
         built.add(found.root)
