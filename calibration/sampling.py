@@ -146,15 +146,15 @@ def _split_in_time(name: str, only: FrameRange, n_rows: int, held_out_share: flo
     end = only.stop - n_held - n_rows
     if end < 1:
         raise SpecError(
-            f"{name}: its only episode has {only.n_frames} frames; calibration, {n_rows} frames "
-            f"between and {n_held} for verification do not fit; record a second episode"
+            f"{name}: its only usable episode has {only.n_frames} frames; calibration, {n_rows} "
+            f"frames between and {n_held} for verification do not fit; record a second episode"
         )
     return Split(
         calibration=(FrameRange(episode=only.episode, start=0, stop=end),),
         verification=(FrameRange(episode=only.episode, start=only.stop - n_held, stop=only.stop),),
         by="time",
         note=(
-            f"{name} has one episode: verified on its last {n_held} frames, "
+            f"{name} has one episode to use: verified on its last {n_held} frames, "
             "the same scene that calibration saw"
         ),
     )

@@ -71,7 +71,8 @@ class CameraClock:
             # The wall clock may have been set since; then the old offset is wrong, not the stamp.
             self._measure()
             t_ns = stamp_ns - self._offset_ns
-        if not _is_plausible(t_ns, t_received_ns) and not self._is_late(t_ns, t_received_ns):
+        is_late = self._is_late(t_ns, t_received_ns)
+        if not _is_plausible(t_ns, t_received_ns) and not is_late:
             self.n_implausible += 1
             return t_received_ns, "host"
         return min(t_ns, t_received_ns), domain

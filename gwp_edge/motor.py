@@ -166,7 +166,11 @@ class MotorLoop:
 
     def _see_pause(self, paused_ns: int, now_ns: int) -> None:
         is_moving = self.mode in (Mode.APPROACH, Mode.RUN, Mode.PARK)
-        if not is_moving or now_ns - self._t_pause_said_ns <= _WARN_EVERY_NS:
+        if (
+            self._options.dry_run
+            or not is_moving
+            or now_ns - self._t_pause_said_ns <= _WARN_EVERY_NS
+        ):
             return
         self._t_pause_said_ns = now_ns
         send_ns = self._sender.send_ns
@@ -274,7 +278,8 @@ class MotorLoop:
         request = max(self._board.request, Request.STOP if self._stop_wanted else Request.CONNECT)
         if self.mode is Mode.FAULT:
             return
-        self._see_resume(now_ns)
+        if request < Request.PARK:
+            self._see_resume(now_ns)
         if request is Request.STOP_NOW:
             self._braking = True
             self._hold(HoldReason.STOP, "immediate hold", now_ns)
@@ -301,6 +306,8 @@ class MotorLoop:
             self._t_resume_ns = now_ns
         if self.mode is not Mode.HOLD or count == self._resume_count:
             return
+        if self.hold_reason.ends_by_itself:
+            return  # it goes on anyway, enter or not
         if self._words[Word.POLICY_CAMERA_STALL]:
             why = "there are no usable camera frames"
         elif now_ns - self._t_resume_ns > _RESUME_LASTS_NS:

@@ -73,12 +73,6 @@ def load_robot(name: str, spec: PolicySpec, *, driver: str | None = None) -> Rob
         SpecError: no such robot, or its file does not fit; names the field.
     """
     robot = _find_robot(name, spec)
-    unnamed = [c for c in robot.cameras if c.kind == "realsense" and "serial" not in c.options]
-    if len(unnamed) > 1:
-        raise SpecError(
-            f"robot {name} has no serial numbers to tell {len(unnamed)} cameras apart; make a "
-            "robot file that has with: gwp-edge cameras --write robot.toml"
-        )
     if robot.arm.kind == "piper":
         from gwp_edge.drivers.piper_options import with_driver
 
@@ -87,6 +81,22 @@ def load_robot(name: str, spec: PolicySpec, *, driver: str | None = None) -> Rob
     if driver is not None:
         raise SpecError(f"--driver {driver}: only PiPER arms have a choice, {name} is none")
     return robot
+
+
+def require_serials(robot: RobotConfig) -> None:
+    """Check that several cameras can be told apart, before any process is started for them.
+
+    Raises:
+        SpecError: one has no serial number; says how to get a file that has.
+    """
+    unnamed = [
+        c.role for c in robot.cameras if c.kind == "realsense" and not c.options.get("serial")
+    ]
+    if unnamed and len(robot.cameras) > 1:
+        raise SpecError(
+            f"robot {robot.name}: no serial number for {', '.join(unnamed)}; make a robot file "
+            "that has with: gwp-edge cameras --write robot.toml"
+        )
 
 
 def _find_robot(name: str, spec: PolicySpec) -> RobotConfig:

@@ -171,6 +171,8 @@ class Supervisor:
             return False
         self._collect()  # the hold's reason may be said only now
         text = self._findings.last_fault or "no usable plan came"
+        if mode is Mode.RUN:  # it waits for a plan, and whatever was said last is another story
+            text = f"no plan for {timeout_s:.0f} s, the policy hangs; the arm stands"
         self._findings.end("held", text)
         return True
 
@@ -354,12 +356,16 @@ class Supervisor:
         parking = self._board.request == Request.PARK
         # Parking is slow on purpose; a stop is not.
         deadline_s = time.monotonic() + (_PARK_TIMEOUT_S if parking else _STOP_TIMEOUT_S)
-        while motor.exitcode is None and time.monotonic() < deadline_s:
+        while motor.exitcode is None:
             self._turn()
-            if self._words[Word.GUARDIAN_TRIPPED_NS]:
+            tripped = bool(self._words[Word.GUARDIAN_TRIPPED_NS])
+            if tripped:
                 deadline_s = min(deadline_s, time.monotonic() + _JOIN_TIMEOUT_S)
             self._see_stop_of_end()
-            if parking and time.monotonic() >= deadline_s:
+            is_late = time.monotonic() >= deadline_s
+            if is_late and (tripped or not parking):
+                break
+            if is_late:
                 self._board.ask(Request.STOP)
                 self._findings.fail(
                     "held",

@@ -99,8 +99,9 @@ def missing(test: HilTest, named: frozenset[str], environ: Mapping[str, str]) ->
 def _command(test: HilTest, environ: Mapping[str, str], result: Path) -> tuple[str, ...]:
     places = {
         "python": sys.executable,
-        "BUNDLE": environ.get("GWP_HIL_BUNDLE", ""),
-        "ROBOT": environ.get("GWP_HIL_ROBOT", ""),
+        # Commands run in the project's folder, whatever the caller's is.
+        "BUNDLE": os.path.abspath(environ.get("GWP_HIL_BUNDLE", "")),
+        "ROBOT": os.path.abspath(environ.get("GWP_HIL_ROBOT", "")),
         "RESULT": str(result),
     }
     words: list[str] = []

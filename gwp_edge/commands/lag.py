@@ -64,14 +64,17 @@ def lag(
     world = create_world(config, spec)
     try:
         arm = create_arm(config, spec, world.start() if world is not None else {})
+        is_open = False
         try:
             arm.open(enable=True)
+            is_open = True
             limits = intersect_limits(arm.limits, config.limits, arm.channels)
             boxes = find_arms(config.workspace, arm.channels, config.arm.kind)
             result = measure_lag(arm, names.index(name), limits, options, workspace=boxes)
         except Interrupted:
             # Not "nothing was left behind": the motors are on, as after every run.
-            fail("interrupted; the arm stands and holds", EXIT_INTERRUPTED)
+            what = "the arm was braked and holds" if is_open else "motors may have power already"
+            fail(f"interrupted; {what}", EXIT_INTERRUPTED)
         finally:
             arm.close()
     finally:

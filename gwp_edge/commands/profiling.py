@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,7 @@ from gwp_edge.commands.options import (
 )
 from gwp_edge.commands.profiling_robot import RobotRun, profile_on_robot
 from gwp_edge.commands.profiling_tables import say_report
-from gwp_edge.console import remark, write_file, write_json
+from gwp_edge.console import remark, require_writable, write_file, write_json
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -176,13 +175,8 @@ def _check_targets(*paths: Path | None) -> None:
         SpecError: a file cannot go there, or two of them are one.
     """
     given = [path.resolve() for path in paths if path is not None]
+    require_writable(*given)
     for path in given:
-        if not path.parent.is_dir():
-            raise SpecError(f"{path}: folder {path.parent} does not exist")
-        if path.is_dir():
-            raise SpecError(f"{path}: is a folder; name a file in it")
-        if not os.access(path.parent, os.W_OK):
-            raise SpecError(f"{path}: folder {path.parent} cannot be written")
         if given.count(path) > 1:
             raise SpecError(f"{path}: was named for two files")
 

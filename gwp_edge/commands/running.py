@@ -88,16 +88,12 @@ def run(
     from gwp_edge.manifest import read_spec
     from gwp_edge.motor import MotorOptions
     from gwp_edge.policy_options import PolicyOptions
-    from gwp_edge.robots import load_robot
+    from gwp_edge.robots import load_robot, require_serials
     from gwp_edge.run_options import RunOptions
 
     require_writable(json_file)
-    usable = os.sched_getaffinity(0)
-    if motor_cpu is not None and motor_cpu not in usable:
-        raise SpecError(
-            f"--motor-cpu {motor_cpu}: this process may use cores "
-            f"{', '.join(str(core) for core in sorted(usable))}"
-        )
+    if motor_cpu is not None:
+        _check_core(motor_cpu)
     method, blend, synchronous = find_execution(execution)
     lead_ns = lead_ns_of(lead_ms)
     spec = read_spec(bundle)
@@ -105,6 +101,7 @@ def run(
         known = ", ".join(repr(name) for name in spec.tasks)
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
     config = load_robot(robot, spec, driver=driver)
+    require_serials(config)
     skipped = frozenset(skip_check or ())
     simulated = config.is_simulated
     if simulated:
@@ -144,6 +141,19 @@ def run(
         skip_checks=skipped,
     )
     _run(options, json_file, rerun)
+
+
+def _check_core(core: int) -> None:
+    """Check that this process may move to a core; isolated ones are not among those it is given."""
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError as e:
+        raise SpecError(
+            f"--motor-cpu {core}: no program may use this core ({e.strerror}); "
+            "see /sys/devices/system/cpu/online"
+        ) from e
+    os.sched_setaffinity(0, before)
 
 
 def _run(options: RunOptions, json_file: Path | None, rerun: str | None) -> None:

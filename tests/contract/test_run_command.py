@@ -105,7 +105,7 @@ def test_run_on_a_built_in_arm_with_several_cameras_asks_for_their_serials(expor
     code, _, err = finish(start(exported("gwp05"), "--robot", "piper-dual"))
     assert code == 1
     (line,) = err.splitlines()
-    assert "no serial numbers to tell 3 cameras apart" in line
+    assert "no serial number for cam_high, cam_left_wrist, cam_right_wrist" in line
     assert "gwp-edge cameras --write" in line
 
 

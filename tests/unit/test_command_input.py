@@ -51,9 +51,23 @@ def test_robot_file_is_not_overwritten(tmp_path):
     assert path.read_text() == "mine"
 
 
+def test_core_outside_of_what_is_given_may_be_asked_for(tmp_path):
+    """An isolated core is in nobody's mask: that is what makes it quiet."""
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("this machine gives one core")
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        text = error_of("run", tmp_path, "--robot", "kinematic", "--motor-cpu", max(cores))
+        assert "not a bundle" in text
+        assert os.sched_getaffinity(0) == {min(cores)}
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def test_core_that_is_not_there_is_refused(tmp_path):
     text = error_of("run", tmp_path, "--robot", "kinematic", "--motor-cpu", 4096)
-    assert "--motor-cpu 4096: this process may use cores 0" in text
+    assert "--motor-cpu 4096: no program may use this core" in text
 
 
 @pytest.mark.parametrize(

@@ -586,6 +586,19 @@ def test_enter_during_a_camera_stall_does_not_start_the_arm_later(rig):
     assert rig.loop.mode is Mode.RUN
 
 
+def test_enter_in_a_hold_that_ends_by_itself_is_not_called_forgotten(rig):
+    rig.run()
+    rig.words[Word.POLICY_CAMERA_STALL] = 1
+    rig.ticks(100)
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(20)
+    assert not any("enter was not followed" in text for text in rig.said())
+    rig.words[Word.POLICY_CAMERA_STALL] = 0
+    rig.plan(0.0)
+    rig.ticks(20)
+    assert rig.loop.mode is Mode.RUN
+
+
 @pytest.mark.parametrize(("wait_ticks", "mode"), [(1500, Mode.RUN), (2100, Mode.HOLD)])
 def test_enter_waits_for_a_plan_but_not_for_ever(rig, wait_ticks, mode):
     rig.run()

@@ -322,39 +322,39 @@ def test_open_transport_empty_name_is_refused():
 
 def test_realtime_offset_follows_a_step_of_the_wall_clock(monkeypatch):
     offset = RealtimeOffset()
+    before_ns = offset.offset_ns
     step_ns = 3600 * 10**9
     real = time.time_ns
     monkeypatch.setattr(piper_can.time, "time_ns", lambda: real() + step_ns)
     while not offset.measure():
         pass
-    offset.begin_drain()
-    now_ns = offset.monotonic_ns(real() + step_ns)
-    assert abs(now_ns - time.monotonic_ns()) < 10**9
+    assert abs(before_ns - step_ns - offset.offset_ns) < 10**9
 
 
 @pytest.mark.parametrize("step_ns", [300 * 10**6, 3600 * 10**9, -3600 * 10**9])
 def test_frames_stamped_before_a_step_of_the_wall_clock_stay_of_now(monkeypatch, step_ns):
     """They used to look as old as the step, and a healthy arm as silent for so long."""
     offset = RealtimeOffset()
+    emptied_ns = time.monotonic_ns()
     offset.begin_drain()
     offset.end_drain()
-    begin_ns, stamp_ns = time.monotonic_ns(), time.time_ns()
+    stamp_ns = time.time_ns()
     real = time.time_ns
     monkeypatch.setattr(piper_can.time, "time_ns", lambda: real() + step_ns)
     offset.begin_drain()
-    assert begin_ns - 10**9 < offset.monotonic_ns(stamp_ns) <= time.monotonic_ns()
+    assert emptied_ns <= offset.monotonic_ns(stamp_ns) <= time.monotonic_ns()
 
 
 def test_frame_that_waited_keeps_its_age_as_far_as_it_is_known():
     offset = RealtimeOffset()
     stamp_ns, begin_ns = time.time_ns(), time.monotonic_ns()
-    time.sleep(0.05)
+    time.sleep(0.5)
     offset.begin_drain()
-    assert abs(offset.monotonic_ns(stamp_ns) - begin_ns) < 40_000_000
+    assert abs(offset.monotonic_ns(stamp_ns) - begin_ns) < 400_000_000
     offset.begin_drain()  # the one before did not come to an end
-    assert abs(offset.monotonic_ns(stamp_ns) - begin_ns) < 40_000_000
+    assert abs(offset.monotonic_ns(stamp_ns) - begin_ns) < 400_000_000
     offset.end_drain()
-    assert offset.monotonic_ns(stamp_ns) >= begin_ns + 50_000_000
+    assert offset.monotonic_ns(stamp_ns) >= begin_ns + 500_000_000
 
 
 def test_virtual_bus_survives_a_step_of_the_wall_clock(monkeypatch):
@@ -363,13 +363,13 @@ def test_virtual_bus_survives_a_step_of_the_wall_clock(monkeypatch):
     receiver = VirtualCan("step", RECEIVED_IDS)
     try:
         with can.Bus(interface="virtual", channel="step") as sender:
+            emptied_ns = time.monotonic_ns()
             receiver.receive()
-            begin_ns = time.monotonic_ns()
             sender.send(can.Message(arbitration_id=0x2A5, data=bytes(8), is_extended_id=False))
             real = time.time_ns
             monkeypatch.setattr(piper_can.time, "time_ns", lambda: real() + 3600 * 10**9)
             ((_, _, t_ns),) = receiver.receive()
-        assert begin_ns - 10**9 < t_ns <= time.monotonic_ns()
+        assert emptied_ns <= t_ns <= time.monotonic_ns()
     finally:
         receiver.close()
 

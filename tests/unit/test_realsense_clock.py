@@ -76,6 +76,16 @@ def test_wall_stamp_that_stays_old_is_of_a_wrong_clock(clocks):
     assert clock.n_implausible == 11
 
 
+def test_late_pictures_now_and_then_are_no_wrong_clock(clocks):
+    clock = clocks.make()
+    for i in range(90):
+        clocks.now += 33 * MS
+        age_ms = 5 if i % 30 == 29 else 2000
+        t_ns, _ = clock.capture_time_ns(clocks.wall() - age_ms * MS, "wall", clocks.now, "global")
+        assert clocks.now - t_ns == age_ms * MS
+    assert clock.n_implausible == 0
+
+
 @pytest.mark.parametrize("kind", ["wall", "device"])
 def test_pictures_that_waited_in_a_queue_stay_as_old_as_they_are(clocks, kind):
     """A camera process that hung for 1.5 s: its first pictures used to count as fresh."""

@@ -9,7 +9,7 @@ import pytest
 from gwp_edge import robots
 from gwp_edge.errors import SpecError
 from gwp_edge.robot_config import ArmConfig, CameraConfig, ChannelLimits
-from gwp_edge.robots import create_arm, create_camera, intersect_limits, load_robot
+from gwp_edge.robots import create_arm, create_camera, intersect_limits, load_robot, require_serials
 from gwp_edge.testing import make_spec
 from gwp_edge.types import JointLimits
 
@@ -72,11 +72,12 @@ def test_unknown_robot_names_the_known_ones_and_the_nearest():
 def test_built_in_robots_have_a_camera_for_every_role():
     cameras = ("cam_high", "cam_left_wrist", "cam_right_wrist")
     spec = make_spec(2, cameras=cameras)
-    for name in ("kinematic", "sim"):
+    for name in ("kinematic", "sim", "piper-dual"):
         assert tuple(c.role for c in load_robot(name, spec).cameras) == cameras
-    assert [c.role for c in load_robot("piper-dual", make_spec(2)).cameras] == ["cam_high"]
-    with pytest.raises(SpecError, match=r"no serial numbers to tell 3 cameras apart.*--write"):
-        load_robot("piper-dual", spec)
+    with pytest.raises(SpecError, match=r"no serial number for cam_high, cam_left.*--write"):
+        require_serials(load_robot("piper-dual", spec))
+    require_serials(load_robot("piper-dual", make_spec(2)))
+    require_serials(load_robot("sim", spec))
     with pytest.raises(SpecError, match="use --robot piper-dual"):
         load_robot("piper", spec)
     with pytest.raises(SpecError, match="use --robot piper "):

@@ -167,7 +167,7 @@ def test_run_synchronous_policy_that_stops_answering_ends(a_run, monkeypatch):
     motor = dataclasses.replace(MOTOR, synchronous=True)
     summary = a_run.start(script="wait", policy={"after_n": 6}, motor=motor, synchronous=True)
     assert (summary.outcome, summary.exit_code) == ("held", 1)
-    assert "no usable plan came" in summary.message
+    assert "no plan for 0 s, the policy hangs" in summary.message
 
 
 def test_run_camera_stall_ends_holding(a_run):
