@@ -45,7 +45,7 @@ def create_arm(options: Mapping[str, object], spec: PolicySpec) -> SimArm:
     Raises:
         SpecError: the spec is not of one or two PiPER arms, or no world is named in ``options``.
     """
-    _check_no_others(options, "an arm")
+    parse_options(options)  # a field that nobody knows is a mistake here as well
     name = options.get(SEGMENT_KEY)
     if not isinstance(name, str):
         raise SpecError(
@@ -54,22 +54,13 @@ def create_arm(options: Mapping[str, object], spec: PolicySpec) -> SimArm:
     return SimArm(name, spec.channels, count_arms(spec))
 
 
-def _check_no_others(options: Mapping[str, object], what: str) -> None:
-    others = sorted(set(options) - {SEGMENT_KEY, RINGS_KEY})
-    if others:
-        raise SpecError(
-            f'{what} of kind "sim" takes no options, got {", ".join(others)}; those of the world '
-            "go under [world]"
-        )
-
-
 def create_camera(role: str, options: Mapping[str, object], spec: PolicySpec) -> SimCamera:
     """Make the end of one camera of a running world.
 
     Raises:
         SpecError: the running world has no camera of this role.
     """
-    _check_no_others(options, "a camera")
+    parse_options(options)
     rings = options.get(RINGS_KEY)
     if not isinstance(rings, Mapping):
         raise SpecError(
