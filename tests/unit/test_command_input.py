@@ -98,6 +98,15 @@ def test_weights_that_do_not_exist_are_refused(exported):
         load(exported("gwp05"), weights="zip")
 
 
+@pytest.mark.export
+def test_record_and_rerun_exclude_each_other(exported, tmp_path):
+    """The viewer got no plans and no pictures, and nobody said so."""
+    pytest.importorskip("torch")
+    words = ("--robot", "kinematic", "--record", tmp_path / "s", "--rerun", tmp_path / "a.rrd")
+    assert "--record and --rerun" in error_of("run", exported("gwp05"), *words)
+    assert not (tmp_path / "s").exists()
+
+
 def test_file_inside_of_a_bundle_is_not_one(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text("{}")

@@ -336,11 +336,8 @@ def test_build_too_little_memory_is_refused_before_anything_is_built(bundle, gpu
     assert memory.available_bytes() > 10**6
 
 
-@pytest.mark.parametrize(("integrated", "fits"), [(True, True), (False, False)])
-def test_build_swap_takes_the_copies_of_the_host(bundle, monkeypatch, integrated, fits):
-    """The refusal's advice, swap on NVMe, used to change nothing."""
-    plan = memory.memory_plan(bundle.manifest)
-    facts = DeviceFacts(
+def orin(*, integrated: bool) -> DeviceFacts:
+    return DeviceFacts(
         name="Orin",
         capability=(8, 7),
         n_multiprocessors=16,
@@ -349,6 +346,13 @@ def test_build_swap_takes_the_copies_of_the_host(bundle, monkeypatch, integrated
         tensorrt="10.3.0",
         memory_bytes=10**10,
     )
+
+
+@pytest.mark.parametrize(("integrated", "fits"), [(True, True), (False, False)])
+def test_build_swap_takes_the_copies_of_the_host(bundle, monkeypatch, integrated, fits):
+    """The refusal's advice, swap on NVMe, used to change nothing."""
+    plan = memory.memory_plan(bundle.manifest)
+    facts = orin(integrated=integrated)
     monkeypatch.setattr("gwp_edge.engines.trt_build.disk_swap_bytes", lambda: 10**12)
     short = plan.build_bytes - plan.swappable_bytes
     with pytest.raises(BuildError, match="building needs"):
@@ -368,15 +372,7 @@ def test_build_what_could_not_be_loaded_is_refused_before_it_is_built(bundle, mo
         return dataclasses.replace(plan, weights=dict.fromkeys(plan.weights, 10**10))
 
     monkeypatch.setattr("gwp_edge.engines.trt_build.memory_plan", heavy)
-    facts = DeviceFacts(
-        name="Orin",
-        capability=(8, 7),
-        n_multiprocessors=16,
-        board="",
-        integrated=True,
-        tensorrt="10.3.0",
-        memory_bytes=10**10,
-    )
+    facts = orin(integrated=True)
     monkeypatch.setattr("gwp_edge.engines.trt_build.disk_swap_bytes", lambda: 10**12)
     needed = heavy(bundle.manifest, workspace_bytes=0).load_bytes
     with pytest.raises(BuildError, match="loading what would be built needs"):
