@@ -310,7 +310,8 @@ class PiperFeedback:
         """Six joint speeds, rad/s; NaN before the first frame of a joint."""
         if None in self._fast:
             return [math.nan if d is None else _FAST.unpack(d)[0] * 1e-3 for d in self._fast]
-        return [v * 1e-3 for v in _FAST_SPEEDS.unpack(b"".join(self._fast))]  # type: ignore[arg-type]  # none is None
+        a, b, c, d, e, f = _FAST_SPEEDS.unpack(b"".join(self._fast))  # type: ignore[arg-type]  # none is None
+        return [a * 1e-3, b * 1e-3, c * 1e-3, d * 1e-3, e * 1e-3, f * 1e-3]
 
     @property
     def current_a(self) -> list[float]:

@@ -40,6 +40,11 @@ class _BatchHeader(ctypes.Structure):
     _fields_ = (("header", _MessageHeader), ("length", ctypes.c_uint))
 
 
+# struct mmsghdr in 32-bit words, and the place of its length.
+_HEADER_WORDS = ctypes.sizeof(_BatchHeader) // 4
+_LENGTH_WORD = _BatchHeader.length.offset // 4
+
+
 class _Batch:
     """Headers for ``n`` packets that lie one after another in one buffer."""
 
@@ -62,13 +67,18 @@ class _Batch:
         # The kernel writes into the headers; this is what they must be before each call.
         self._template = bytes(self.headers)
         self._control_bytes = control_bytes
-        self.address = ctypes.addressof(self.headers)
+        self.address = ctypes.c_void_p(ctypes.addressof(self.headers))
+        self._words = memoryview(self.headers).cast("B").cast("I")
 
     def renew(self, n: int) -> None:
         """Undo what the kernel wrote for ``n`` packets: no old stamp may pass for a new one."""
         if self._control_bytes and n:
             ctypes.memmove(self.address, self._template, n * ctypes.sizeof(_BatchHeader))
             self.control[: n * self._control_bytes] = bytes(n * self._control_bytes)
+
+    def length(self, i: int) -> int:
+        """Return the bytes of packet ``i``."""
+        return self._words[i * _HEADER_WORDS + _LENGTH_WORD]
 
 
 class SocketBatch:
@@ -95,13 +105,11 @@ class SocketBatch:
         stamps: bool,
     ) -> None:
         try:
+            # No argtypes, which are called one by one: ints go as C ints, addresses as c_void_p.
             libc = ctypes.CDLL(None, use_errno=True)
             self._recvmmsg, self._sendmmsg = libc.recvmmsg, libc.sendmmsg
         except (OSError, AttributeError) as e:
             raise DeviceError(f"libc has no recvmmsg and sendmmsg: {e}") from e
-        pointer, number = ctypes.c_void_p, ctypes.c_uint
-        self._recvmmsg.argtypes = (ctypes.c_int, pointer, number, ctypes.c_int, pointer)
-        self._sendmmsg.argtypes = (ctypes.c_int, pointer, number, ctypes.c_int)
         self._fd = endpoint.fileno()
         self._packet_bytes = packet_bytes
         self._n_receive = n_receive
@@ -126,7 +134,7 @@ class SocketBatch:
         self._in.renew(self._n_last)
         # What a failing call wrote is unknown.
         self._n_last = self._n_receive
-        n = self._recvmmsg(self._fd, self._in.address, self._n_receive, _MSG_DONTWAIT, None)
+        n: int = self._recvmmsg(self._fd, self._in.address, self._n_receive, _MSG_DONTWAIT, None)
         if n < 0:
             number = ctypes.get_errno()
             if number in (errno.EAGAIN, errno.EINTR):
@@ -134,8 +142,8 @@ class SocketBatch:
                 return self._view[:0], 0
             raise OSError(number, os.strerror(number))
         self._n_last = n
-        if n and self._in.headers[n - 1].length == 0:
-            while n and self._in.headers[n - 1].length == 0:
+        if n and self._in.length(n - 1) == 0:
+            while n and self._in.length(n - 1) == 0:
                 n -= 1
             if n == 0:
                 raise EOFError

@@ -155,8 +155,16 @@ class ArmState:
     caution: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "position", frozen_array(self.position, np.float64))
-        object.__setattr__(self, "velocity", frozen_array(self.velocity, np.float64))
+        # At every tick: a driver whose arrays are as they must be pays for no more than a look.
+        if not (_is_frozen(self.position) and _is_frozen(self.velocity)):
+            object.__setattr__(self, "position", frozen_array(self.position, np.float64))
+            object.__setattr__(self, "velocity", frozen_array(self.velocity, np.float64))
+
+
+def _is_frozen(array: object) -> bool:
+    return (
+        type(array) is np.ndarray and array.dtype.type is np.float64 and not array.flags.writeable
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

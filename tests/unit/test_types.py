@@ -1,0 +1,54 @@
+"""What the values of the runtime promise about their arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gwp_edge.types import ArmState
+
+
+def _state(position: object, velocity: object) -> ArmState:
+    return ArmState(
+        position=position,  # type: ignore[arg-type]  # what a careless driver gives
+        velocity=velocity,  # type: ignore[arg-type]
+        t_received_ns=1,
+        enabled=True,
+    )
+
+
+def _frozen(values: list[float]) -> np.ndarray:
+    array = np.array(values)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param([0.1, 0.2], id="list"),
+        pytest.param(np.array([0.1, 0.2]), id="writable"),
+        pytest.param(np.array([0.1, 0.2], np.float32), id="float32"),
+        pytest.param(np.array([[0.1, 0.2], [0.3, 0.4]])[0], id="view"),
+    ],
+)
+def test_arm_state_of_careless_arrays_is_read_only_float64(given: object) -> None:
+    for position, velocity in ((given, _frozen([0.0, 0.0])), (_frozen([0.0, 0.0]), given)):
+        state = _state(position, velocity)
+        for array in (state.position, state.velocity):
+            assert array.dtype == np.float64
+            assert not array.flags.writeable
+
+
+def test_arm_state_does_not_follow_the_drivers_buffer() -> None:
+    buffer = np.array([0.1, 0.2])
+    state = _state(buffer, np.zeros(2))
+    buffer[0] = 9.0
+    assert state.position[0] == 0.1
+
+
+def test_arm_state_takes_read_only_arrays_as_they_are() -> None:
+    position, velocity = _frozen([0.1, 0.2]), _frozen([0.0, 0.0])
+    state = _state(position, velocity)
+    assert state.position is position
+    assert state.velocity is velocity
