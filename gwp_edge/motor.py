@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gwp_edge.arm_watch import ArmWatch, Need
 from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
-from gwp_edge.protocols import Arm, Clock, SlowArm
+from gwp_edge.protocols import Arm, Clock
 from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
@@ -28,7 +29,6 @@ __all__ = ["MotorLoop", "MotorOptions"]
 _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
 _STANDING_TICKS = 3
-_UNPOWERED_IN_ROW = 2
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
@@ -55,14 +55,11 @@ class MotorLoop:
         park: FloatArray | None = None,
         workspace: Sequence[ArmInBox] = (),
     ) -> None:
-        self._arm = arm
         self._board = board
         self._words = board.words
         self._clock = clock
         self._options = options
-        self._feedback_ages_ns = options.feedback_ages_ns(
-            arm.feedback_period_ns if isinstance(arm, SlowArm) else 0
-        )
+        self._feedback = ArmWatch(arm, board, options)
         self._park = park
         channels = arm.channels
         self._limiter = Limiter(
@@ -85,15 +82,12 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_refused = self._n_rejected = self._n_unpowered = 0
+        self._n_refused = self._n_rejected = 0
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
         self._t_resume_ns = 0
         self._braking = False
         self._stop_wanted = self._parking_begun = False
-        self._t_warned_ns = self._t_pause_said_ns = 0
-        self._caution: str | None = None
-        self._measured: FloatArray = np.zeros(len(channels))
-        self._t_feedback_ns = 0
+        self._t_pause_said_ns = 0
         self._t_tick_ns = 0
         self._sender = Sender(
             arm, board, clock, period_ns=options.period_ns, dry_run=options.dry_run
@@ -108,9 +102,8 @@ class MotorLoop:
         self._limiter.seed(state.position)
         self._sender.begin(self._limiter.position)
         self._schedule.hold(self._limiter.position)
-        self._measured, self._t_feedback_ns = state.position, state.t_received_ns
         # Before the mode: whoever sees that the arm is enabled finds a state of it.
-        self._board.publish_state(state)
+        self._feedback.take(state)
         self._set_mode(Mode.ENABLED)
 
     def stop(self) -> None:
@@ -140,7 +133,7 @@ class MotorLoop:
         self._ticks.write(
             t_planned_ns=t_planned_ns,
             t_woke_ns=now_ns,
-            t_feedback_ns=self._t_feedback_ns,
+            t_feedback_ns=self._feedback.t_received_ns,
             sent=sent,
             send_ns=self._sender.send_ns if sent else 0,
             mode=self.mode,
@@ -186,48 +179,17 @@ class MotorLoop:
     # Inputs
 
     def _read_state(self, now_ns: int) -> None:
-        try:
-            state = self._arm.state()
-        except DeviceError as e:
-            self._fault(str(e))
-            return
-        if not np.isfinite(state.position).all():
-            self._fault("the arm's measured joints are not finite; check driver and firmware")
-            return
-        self._measured, self._t_feedback_ns = state.position, state.t_received_ns
-        self._board.publish_state(state)
-        if state.fault is not None:
-            self._fault(state.fault)
-        elif not state.enabled and not self._options.dry_run:
-            self._n_unpowered += 1
-            if self._n_unpowered >= _UNPOWERED_IN_ROW:
-                self._fault("the arm's motors have lost their power; support the arm")
-        else:
-            self._n_unpowered = 0
-        if state.caution != self._caution:
-            self._see_caution(state.caution, now_ns)
-        age_ns = now_ns - state.t_received_ns
-        warn_ns, hold_ns, fault_ns = self._feedback_ages_ns
-        if age_ns <= warn_ns:
-            return
-        text = f"no joint feedback for {age_ns / 1e6:.0f} ms; check cable, power and bus"
-        if age_ns > fault_ns:
-            self._fault(text)
-        elif age_ns > hold_ns:
-            self._hold(HoldReason.FEEDBACK, text, now_ns)
-        elif now_ns - self._t_warned_ns > _WARN_EVERY_NS:
-            self._t_warned_ns = now_ns
-            self._say(EventKind.WARNING, text)
-
-    def _see_caution(self, caution: str | None, now_ns: int) -> None:
-        """Hold when a caution appears; once a person has resumed, it does not hold again."""
-        self._caution = caution
-        if caution is None:
-            return
-        if self.mode in (Mode.APPROACH, Mode.RUN):
-            self._hold(HoldReason.ARM, caution, now_ns)
-        else:
-            self._say(EventKind.WARNING, caution)
+        for finding in self._feedback.read(now_ns):
+            need, text = finding.need, finding.text
+            if need is Need.HOLD_IF_MOVING:
+                is_moving = self.mode in (Mode.APPROACH, Mode.RUN)
+                need = Need.HOLD if is_moving else Need.WARNING
+            if need is Need.FAULT:
+                self._fault(text)
+            elif need is Need.HOLD:
+                self._hold(finding.reason, text, now_ns)
+            else:
+                self._say(EventKind.WARNING, text)
 
     def _take_chunk(self, now_ns: int) -> None:
         chunk = self._board.new_chunk()
@@ -352,7 +314,7 @@ class MotorLoop:
             self._hold(HoldReason.STALE_CHUNK, "the plan is used up, no newer one came", now_ns)
         elif self.mode is Mode.APPROACH:
             target = self._schedule.sample(now_ns)
-            follows = self._limiter.position if self._options.dry_run else self._measured
+            follows = self._limiter.position if self._options.dry_run else self._feedback.position
             # A gripper on an object never reaches its target, so its command counts.
             pose = np.where(self._is_rad, follows, self._limiter.position)
             if (np.abs(target - pose) < self._approached).all():
@@ -448,7 +410,7 @@ class MotorLoop:
             self._n_rejected = 0
         if self._options.dry_run or self.mode is Mode.FAULT:
             return
-        lost = self._tracking.check(command, self._measured, now_ns)
+        lost = self._tracking.check(command, self._feedback.position, now_ns)
         if lost is not None:
             self._hold(HoldReason.TRACKING, lost, now_ns)
 
