@@ -100,7 +100,12 @@ class OrtEngine:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         path = self._bundle.file(getattr(self._bundle.manifest.graphs[self._form], stage))
         try:
-            session = ort.InferenceSession(str(path), options, providers=[self._provider])
+            session = ort.InferenceSession(
+                str(path),
+                options,
+                providers=[self._provider],
+                disabled_optimizers=unfit_optimizers(self._bundle),
+            )
         except Exception as e:  # the library has no common base for its errors
             raise SpecError(f"{path}: onnxruntime cannot load it: {_first_line(e)}") from e
         if session.get_providers()[0] != self._provider:
@@ -269,6 +274,17 @@ def _available(provider: str) -> str:
             "--provider cpu"
         )
     return name
+
+
+def unfit_optimizers(bundle: Bundle) -> list[str] | None:
+    """Return the optimizers of ONNX Runtime that must not touch the graphs of ``bundle``.
+
+    Releases up to 1.26 at least (for Python 3.10 there are no newer ones than 1.23) fuse products
+    of float8 into an operator for 8-bit integers, and then refuse their own graph. 1.32 fuses
+    nothing there.
+    """
+    has_float8 = any(layer.format == "fp8" for layer in bundle.manifest.precision.layers)
+    return ["QDQSelectorActionTransformer"] if has_float8 else None
 
 
 def _choose_form(bundle: Bundle, provider: str) -> Literal["native", "portable"]:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from gwp_edge.bundle import Bundle
+from gwp_edge.engines.ort import unfit_optimizers
 from gwp_edge.errors import DeviceError
 from gwp_edge.manifest import Stage
 from gwp_edge.planning.memory import available_bytes, check_free
@@ -124,6 +125,7 @@ class Reference:
                 with_outputs(path.read_bytes(), shown),
                 options,
                 providers=["CPUExecutionProvider"],
+                disabled_optimizers=unfit_optimizers(bundle),
             )
         except Exception as e:  # the library has no common base for its errors
             raise DeviceError(f"{stage}: onnxruntime cannot load it: {e}") from e
