@@ -46,6 +46,7 @@ class PiperUnit:
         firmware: version text; known after ``connect``.
         limits: known after ``connect``.
         n_dropped: ticks that were dropped because the transmit queue was full.
+        drifted: a joint's angle and its motor were seen to differ, since ``connect``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PiperUnit:
         self.firmware = "unknown"
         self.limits: PiperLimits | None = None
         self.n_dropped = 0
+        self.drifted = False
         self._options = options
         self._effort_mnm = round(options.gripper_effort_nm * 1000)
         self._clock = clock
@@ -88,6 +90,7 @@ class PiperUnit:
         self._t_drift_ns = self._t_compare_ns = 0
         self._silent_motors.clear()
         self._n_dropped_in_row = 0
+        self.drifted = False
         self._link = self._open_link()
         connect(self._port())
         self.firmware, drifts = check_firmware(self.feedback)
@@ -196,6 +199,7 @@ class PiperUnit:
         return [m - q for m, q in zip(self.feedback.motor_rad, joints, strict=True)]
 
     def _report_drift(self, j: int, difference_rad: float) -> None:
+        self.drifted = True
         text = (
             f"joint {j + 1}: its angle and its motor differ by "
             f"{math.degrees(difference_rad):.1f} deg: the feedback has drifted (known on firmware "
@@ -333,6 +337,11 @@ class PiperUnit:
             words = MODE_WORDS.get(feedback.mode, f"unknown control mode {feedback.mode}")
             raise DeviceError(f"{self.name}: nothing to hold, the arm is in {words}")
         if self._held is None:
+            if self.drifted:
+                raise DeviceError(
+                    f"{self.name}: its joint angles have drifted, a hold by them would move it; "
+                    "nothing was sent, the arm holds its last target"
+                )
             if now_ns - feedback.t_pose_ns > SILENCE_NS:
                 raise DeviceError(f"{self.name}: no fresh joint angles to hold; nothing was sent")
             self._held = make_command(feedback.joint_mdeg, None)

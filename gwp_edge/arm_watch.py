@@ -50,6 +50,7 @@ class ArmWatch:
     Attributes:
         position: the newest usable measurement, shape (D,), rad and m.
         t_received_ns: when the oldest part of it arrived.
+        trusted: it is of now, and not known to be wrong.
     """
 
     def __init__(self, arm: Arm, board: Board, options: MotorOptions) -> None:
@@ -64,6 +65,7 @@ class ArmWatch:
         self._t_warned_ns = 0
         self.position: FloatArray = np.zeros(len(arm.channels))
         self.t_received_ns = 0
+        self.trusted = False
 
     def take(self, state: ArmState) -> None:
         """Publish ``state`` and keep it as the newest."""
@@ -72,6 +74,7 @@ class ArmWatch:
 
     def read(self, now_ns: int) -> Sequence[Finding]:
         """Read the arm; return what the loop must act on, in order."""
+        self.trusted = False
         try:
             state = self._arm.state()
         except DeviceError as e:
@@ -80,6 +83,7 @@ class ArmWatch:
             text = "the arm's measured joints are not finite; check driver and firmware"
             return (Finding(Need.FAULT, text),)
         self.take(state)
+        self.trusted = not state.drifted and now_ns - state.t_received_ns <= self._ages_ns[1]
         return [
             finding
             for finding in (

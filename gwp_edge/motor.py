@@ -6,6 +6,7 @@ Nothing but ``_send`` commands the arm, and what it sends has always gone throug
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,20 +16,24 @@ from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.protocols import Arm, Clock
-from gwp_edge.safety import Limiter, TrackingMonitor
+from gwp_edge.safety import TRACKING_ERROR_RAD, Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
 from gwp_edge.shared_memory import fence
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
-from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
+from gwp_edge.types import ArmState, BoolArray, Chunk, FloatArray, JointLimits
 from gwp_edge.workspace import ArmInBox
 
 __all__ = ["MotorLoop", "MotorOptions"]
 
 _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
+_OUTSIDE_TIME_NS = 2_000_000_000
 _STANDING_TICKS = 3
+# An arm at rest that is farther than this from its command is kept from it.
+_YIELD_RAD = float(np.deg2rad(3.0))
+_SETTLE_NS = 200_000_000
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
@@ -82,10 +87,12 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_refused = self._n_rejected = 0
+        self._n_refused = self._n_rejected = self._t_outside_ns = 0
+        self._n_settle = max(_STANDING_TICKS, _SETTLE_NS // options.period_ns)
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
         self._t_resume_ns = 0
         self._braking = False
+        self._yielded_rad = math.inf
         self._stop_wanted = self._parking_begun = False
         self._t_pause_said_ns = 0
         self._t_tick_ns = 0
@@ -202,6 +209,8 @@ class MotorLoop:
             self._refuse(chunk, refused, now_ns)
             return
         self._n_refused = 0
+        if self._is_outside_for_long(chunk, now_ns):
+            return
         self._words[Word.MOTOR_TAKEN] = chunk.chunk_idx + 1
         if self.mode not in (Mode.APPROACH, Mode.RUN):
             self._pending = chunk
@@ -213,6 +222,20 @@ class MotorLoop:
             # The arm is not where the old plan had it: fade from where it is, or the target could
             # run away from the commands, fade by fade.
             self._schedule.reseam(now_ns, self._limiter.position, self._limiter.velocity)
+
+    def _is_outside_for_long(self, chunk: Chunk, now_ns: int) -> bool:
+        """Hold when plan after plan wants what the limits do not give; clipped, nobody sees it."""
+        outside = self._limiter.outside(chunk.actions[len(chunk.actions) // 2])
+        if outside is None or self.mode is not Mode.RUN:
+            self._t_outside_ns = 0
+            return False
+        self._t_outside_ns = self._t_outside_ns or now_ns
+        if now_ns - self._t_outside_ns < _OUTSIDE_TIME_NS:
+            return False
+        seconds = (now_ns - self._t_outside_ns) / 1e9
+        text = f"for {seconds:.0f} s the plans want {outside}; are they for this robot?"
+        self._hold(HoldReason.REJECTED, text, now_ns)
+        return True
 
     def _refuse(self, chunk: Chunk, why: str, now_ns: int) -> None:
         """Leave a chunk that is not finite or absurd unused; hold after three in a row."""
@@ -243,17 +266,17 @@ class MotorLoop:
         if request < Request.PARK:
             self._see_resume(now_ns)
         if request is Request.STOP_NOW:
-            self._braking = True
+            self._braking = math.isinf(self._yielded_rad)
             self._hold(HoldReason.STOP, "immediate hold", now_ns)
         elif request is Request.STOP or (request is Request.PARK and self._park is None):
             self._hold(HoldReason.STOP, "stopping", now_ns)
-        elif request is Request.PARK:
-            self._follow_parking(now_ns)
         elif request is Request.HOLD:
             self._hold(HoldReason.OPERATOR, "held by the operator", now_ns)
         elif self._is_unwatched(now_ns):
             text = "nobody watches keys, signals and time any more: the main process hangs"
             self._hold(HoldReason.UNWATCHED, text, now_ns)
+        elif request is Request.PARK:
+            self._follow_parking(now_ns)
         elif self._words[Word.POLICY_CAMERA_STALL]:
             if self.mode in (Mode.APPROACH, Mode.RUN):
                 self._hold(HoldReason.CAMERA_STALL, "no usable camera frames", now_ns)
@@ -282,7 +305,7 @@ class MotorLoop:
     def _is_unwatched(self, now_ns: int) -> bool:
         t_alive_ns = self._words[Word.SUPERVISOR_HEARTBEAT_NS]
         return (
-            self.mode in (Mode.APPROACH, Mode.RUN)
+            self.mode in (Mode.APPROACH, Mode.RUN, Mode.PARK)
             and t_alive_ns > 0
             and now_ns - t_alive_ns > self._options.unwatched_ns
         )
@@ -364,6 +387,8 @@ class MotorLoop:
         self._set_mode(Mode.FAULT)
 
     def _set_mode(self, mode: Mode) -> None:
+        if mode is not self.mode:
+            self._yielded_rad = math.inf
         self.mode = mode
         self._n_standing = 0
         if mode is not Mode.HOLD:
@@ -382,7 +407,10 @@ class MotorLoop:
         # A fault is over when somebody asks for the end, so that it stays on view until then.
         wanted = self._stop_wanted or self._board.request >= Request.PARK
         stopped = self.mode is Mode.HOLD and self.hold_reason is HoldReason.STOP
-        return stopped or (self.mode is Mode.FAULT and bool(wanted))
+        if not (stopped or (self.mode is Mode.FAULT and wanted)):
+            return False
+        # Before the process goes, whatever the arm presses on is let go.
+        return self._n_standing > self._n_settle or not self._kept(_YIELD_RAD).any()
 
     # Outputs
 
@@ -408,15 +436,43 @@ class MotorLoop:
                 self._hold(HoldReason.REJECTED, limiter.rejected, now_ns)
         else:
             self._n_rejected = 0
-        if self._options.dry_run or self.mode is Mode.FAULT:
+        if self._options.dry_run:
             return
         lost = self._tracking.check(command, self._feedback.position, now_ns)
         if lost is not None:
             self._hold(HoldReason.TRACKING, lost, now_ns)
+            self._yield_to_arm(TRACKING_ERROR_RAD, now_ns)
+        elif self.mode in (Mode.HOLD, Mode.FAULT) and self._n_standing == self._n_settle:
+            self._yield_to_arm(_YIELD_RAD, now_ns)
+
+    def _yield_to_arm(self, allowed_rad: float, now_ns: int) -> None:
+        """Command joints that are kept from their target where they are.
+
+        Otherwise the arm would press on what blocks it for good, and leap when that gives way.
+        Once per hold and threshold: an arm that sags must not be followed all the way down.
+        """
+        kept = self._kept(allowed_rad)
+        if not kept.any():
+            return
+        self._yielded_rad, self._braking, self._n_standing = allowed_rad, False, 0
+        position, measured = self._limiter.position, self._feedback.position
+        degrees = np.rad2deg(np.abs(position - measured)[kept].max())
+        speed = np.where(kept, 0.0, self._limiter.velocity)
+        self._schedule.stop(now_ns, np.where(kept, measured, position), speed)
+        self._limiter.retarget()
+        text = f"the arm is kept {degrees:.0f} deg from its target, which goes back to where it is"
+        self._say(EventKind.INFO, text)
+
+    def _kept(self, allowed_rad: float) -> BoolArray:
+        """Return which joints are farther from their command and may still be yielded to, (D,)."""
+        if allowed_rad >= self._yielded_rad or self._options.dry_run or not self._feedback.trusted:
+            return np.zeros_like(self._is_rad)
+        off = np.abs(self._limiter.position - self._feedback.position)
+        return np.asarray(self._is_rad & (off > allowed_rad))
 
     def _send(self, command: FloatArray) -> bool:
         # In a fault the brake goes out as long as it moves; then the line is left alone.
-        if self.mode is Mode.FAULT and self._n_standing > _STANDING_TICKS:
+        if self.mode is Mode.FAULT and self._n_standing > self._n_settle:
             return False
         try:
             return self._sender.send(command, self._t_tick_ns)

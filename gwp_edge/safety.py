@@ -31,6 +31,8 @@ _SEED_SNAP_RAD: Final = math.radians(0.2)
 _SEED_SNAP_M: Final = 0.001
 REJECT_BEYOND_RAD: Final = math.radians(20.0)
 REJECT_BEYOND_M: Final = 0.05
+# A target beyond a limit by the margin or so is that of a joint on its stop; farther is no habit.
+OUTSIDE_RAD: Final = math.radians(5.0)
 TRACKING_ERROR_RAD: Final = math.radians(10.0)
 TRACKING_TIME_S: Final = 0.2
 
@@ -153,6 +155,7 @@ class Limiter:
         self.position: FloatArray = np.zeros(len(units))
         self.flags = [0] * len(units)
         self.rejected: str | None = None
+        self._refuse_far = refuse_far
         self._is_rad = [unit == "rad" for unit in units]
         steps = [j.step for j in self._joints]
         self._workspace = Workspace(workspace, steps) if workspace else None
@@ -210,6 +213,20 @@ class Limiter:
         # Written so that NaN fails it.
         bad = np.argwhere(~((rows >= low) & (rows <= high)))
         return None if len(bad) == 0 else self._reason_to_reject(rows[bad[0][0]].tolist())
+
+    def outside(self, row: FloatArray) -> str | None:
+        """Return which joint ``row``, shape (D,), wants beyond its limit by more than a little.
+
+        None where there is none, or where far targets are not refused either.
+        """
+        if not self._refuse_far:
+            return None
+        for name, j, x, is_rad in zip(
+            self._names, self._joints, row.tolist(), self._is_rad, strict=True
+        ):
+            if is_rad and not j.low - OUTSIDE_RAD <= x <= j.high + OUTSIDE_RAD:
+                return f"{name} at {x:.3f} rad, its limits are {j.low:.3f} to {j.high:.3f}"
+        return None
 
     def rest(self, position: FloatArray) -> None:
         """Take it that the arm has stopped at ``position``, a command that it got some time ago."""

@@ -66,7 +66,7 @@ class FakeArm:
         failure: raised by ``state`` and ``send`` while set.
         send_failure: raised by ``send`` alone while set.
         fault: reported in the state while set.
-        caution: likewise.
+        caution, drifted: likewise.
         follows: whether commands move the arm.
         feedback_age_ns: how old the state claims to be.
     """
@@ -84,6 +84,7 @@ class FakeArm:
         self.send_failure: Exception | None = None
         self.fault: str | None = None
         self.caution: str | None = None
+        self.drifted = False
         self.follows = True
         self.feedback_age_ns = 0
 
@@ -132,6 +133,7 @@ class FakeArm:
             enabled=self._enabled,
             fault=self.fault,
             caution=self.caution,
+            drifted=self.drifted,
         )
 
     def send(self, position: FloatArray) -> None:

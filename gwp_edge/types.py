@@ -17,6 +17,7 @@ import numpy.typing as npt
 from gwp_edge.errors import SpecError
 
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 
@@ -145,6 +146,7 @@ class ArmState:
         fault: one line for the operator, or None while all is well.
         caution: one line about something that passes, such as a target that the arm's own
             controller refuses: reason to hold, not to give up. None while there is nothing.
+        drifted: ``position`` is known to be wrong: nothing may be commanded by it.
     """
 
     position: FloatArray
@@ -153,6 +155,7 @@ class ArmState:
     enabled: bool
     fault: str | None = None
     caution: str | None = None
+    drifted: bool = False
 
     def __post_init__(self) -> None:
         # At every tick: a driver whose arrays are as they must be pays for no more than a look.

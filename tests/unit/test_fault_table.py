@@ -36,6 +36,7 @@ def test_every_row_names_tests_that_exist(row):
 PAGE = [
     ("NaN or infinity", "NaN or infinity in a plan"),
     ("a little outside", "target out of limits"),
+    ("more than 5 degrees", "target out of limits"),
     ("more than 20 degrees", "target out of limits"),
     ("plan used up", "plan used up"),
     ("frames older than", "cameras stall"),

@@ -302,6 +302,140 @@ def test_arm_that_does_not_follow_holds_after_its_time(rig):
     assert any("does not follow" in t for t in rig.said())
 
 
+def block(rig, *, joint=0):
+    """Let everything follow but ``joint``; return where that stands, and a way to tick so."""
+    stuck = float(rig.arm.position[joint])
+    rig.arm.follows = False
+
+    def ticks(n, *, until=lambda: False):
+        for _ in range(n):
+            if until() or not rig.running:
+                return
+            pose = rig.arm.sent[-1].copy()
+            pose[joint] = stuck
+            rig.arm.position = pose
+            rig.ticks(1)
+
+    return stuck, ticks
+
+
+@pytest.mark.parametrize("speed", [0.3, 1.0, 1.8])
+def test_blocked_joint_is_commanded_where_it_is_and_not_pressed_on(make_rig, speed):
+    """A hold at the last command keeps pressing, and the arm leaps when the obstacle gives way."""
+    rig = make_rig(start=-1.8)
+    rig.run(speed)
+    rig.plan(speed)
+    stuck, ticks = block(rig)
+    ticks(400, until=lambda: rig.loop.mode is Mode.HOLD)
+    assert rig.loop.hold_reason is HoldReason.TRACKING
+    farthest = abs(rig.arm.sent[-1][0] - stuck)
+    assert farthest > np.deg2rad(10.0)
+    others = rig.arm.sent[-1][1:].copy()
+    ticks(600)
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+    assert (rig.arm.sent[-1][1:] >= others).all(), "joints that follow do not go back"
+    rig.check_decelerated_and_holding()
+    assert any("goes back to where it is" in t for t in rig.said())
+
+
+def test_joint_that_something_keeps_in_a_hold_is_yielded_to_once(make_rig):
+    """Space was pressed before 0.2 s were over; later pushes by hand are not followed."""
+    rig = make_rig(start=-1.8)
+    rig.run(1.8)
+    stuck, ticks = block(rig)
+    ticks(10)
+    rig.words[Word.REQUEST] = Request.HOLD
+    ticks(600)
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+    rig.arm.position = rig.arm.sent[-1] - np.deg2rad(15.0)
+    rig.ticks(200)
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+
+
+def test_end_of_a_run_waits_until_a_blocked_joint_is_let_go(make_rig):
+    rig = make_rig(start=-1.8)
+    rig.run(1.5)
+    stuck, ticks = block(rig)
+    ticks(10)
+    rig.words[Word.REQUEST] = Request.STOP
+    ticks(1000)
+    assert not rig.running
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+
+
+@pytest.mark.parametrize("request_", [Request.STOP, Request.STOP_NOW])
+def test_fault_of_a_blocked_joint_leaves_no_pressure(make_rig, request_):
+    """A collision is seen early: braking from the command alone would end far inside of it."""
+    rig = make_rig(start=-1.8)
+    rig.run(1.8)
+    stuck, ticks = block(rig)
+    ticks(5)
+    rig.arm.fault = "joint 1: collision detected"
+    ticks(600)
+    assert rig.loop.mode is Mode.FAULT
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+    rig.check_decelerated_and_holding()
+    n_sent = len(rig.arm.sent)
+    ticks(50)
+    assert len(rig.arm.sent) == n_sent, "the line is left alone then"
+    rig.words[Word.REQUEST] = request_
+    ticks(100)
+    assert not rig.running
+
+
+def test_measurement_that_is_not_trusted_is_not_commanded(rig):
+    """Angles that drifted away from the motors: going to them would be a motion of its own."""
+    rig.run(1.0)
+    stuck, ticks = block(rig)
+    rig.arm.drifted = True
+    ticks(700, until=lambda: rig.loop.mode is Mode.HOLD)
+    ticks(400)
+    assert rig.arm.sent[-1][0] - stuck > np.deg2rad(10.0)
+    rig.arm.fault = "the feedback has drifted"
+    ticks(200)
+    assert rig.arm.sent[-1][0] - stuck > np.deg2rad(10.0)
+
+
+def test_emergency_hold_does_not_keep_a_blocked_joint_pressed(make_rig):
+    rig = make_rig(start=-1.8)
+    rig.run(1.8)
+    stuck, ticks = block(rig)
+    ticks(10)
+    rig.words[Word.REQUEST] = Request.STOP_NOW
+    ticks(1000)
+    assert not rig.running
+    assert abs(rig.arm.sent[-1][0] - stuck) < 1e-9
+
+
+def plan_beyond(rig, beyond_rad, *, n):
+    """Plan joint 2 so far beyond its limit, and nothing else, for ``n`` times 0.2 s."""
+    for _ in range(n):
+        offset = np.zeros(rig.D)
+        offset[2] = 2.0 + beyond_rad - rig.arm.position[2]
+        rig.plan(offset=offset, speed=0.0)
+        rig.ticks(40)
+
+
+def test_plan_that_stays_outside_the_limits_holds_and_says_which_joint(make_rig):
+    rig = make_rig(start=1.9)
+    rig.run(0.0)
+    plan_beyond(rig, np.deg2rad(15.0), n=9)
+    assert rig.loop.mode is Mode.RUN
+    plan_beyond(rig, np.deg2rad(15.0), n=3)
+    assert rig.loop.hold_reason is HoldReason.REJECTED
+    (said,) = [t for t in rig.said() if "the plans want" in t]
+    assert f"{rig.spec.channels[2].name} at 2.2" in said
+    rig.check_decelerated_and_holding()
+
+
+def test_plan_a_little_outside_the_limits_is_clipped_for_as_long_as_it_lasts(make_rig):
+    """PiPER rests on its stops, two degrees beyond the limits' margin."""
+    rig = make_rig(start=1.95)
+    rig.run(0.0)
+    plan_beyond(rig, np.deg2rad(3.0), n=30)
+    assert rig.loop.mode is Mode.RUN
+
+
 def test_gripper_that_is_stopped_by_an_object_goes_on(rig):
     rig.run()
     rig.arm.follows = False
@@ -742,6 +876,21 @@ def test_silent_supervisor_stops_the_arm_until_a_person_resumes(rig):
     rig.words[Word.SUPERVISOR_HEARTBEAT_NS] = rig.clock.now_ns()
     rig.ticks(100, every=10, speed=0.0)
     assert rig.loop.mode is Mode.RUN
+
+
+def test_silent_supervisor_ends_a_parking(make_rig):
+    """Its keys are dead then: nobody could stop the arm on its way."""
+    rig = make_rig(park=np.full(7, 1.5))
+    rig.run()
+    rig.words[Word.SUPERVISOR_HEARTBEAT_NS] = rig.clock.now_ns()
+    rig.words[Word.REQUEST] = Request.PARK
+    rig.ticks(390)
+    assert rig.loop.mode is Mode.PARK
+    rig.ticks(200)
+    assert not rig.running
+    assert (rig.arm.position < 1.0).all()
+    assert any("main process hangs" in text for text in rig.said())
+    rig.check_decelerated_and_holding()
 
 
 def test_board_says_which_plans_were_taken_and_which_refused(rig):

@@ -6,11 +6,13 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 |---|---|
 | NaN or infinity in a plan | test_motor: one_not_finite_chunk_keeps_the_plan_three_hold |
 | target out of limits | test_safety_property; test_motor: absurd_plans, a_little_outside |
+| likewise | test_motor: plan_that_stays_outside |
 | plan used up | test_motor: used_up_plan_holds_and_a_fresh_one_resumes_by_approach |
 | cameras stall | test_run: camera_stall_ends_holding, short_camera_stall_resumes |
 | likewise | test_policy_process: cameras_are_watched_between_plans |
 | old joint feedback | test_motor: old_feedback_warns_then_holds_then_faults; here: silence_* |
 | arm does not follow | test_motor: arm_that_does_not_follow; here: stuck_joint |
+| likewise | test_motor: blocked_joint_is_commanded, fault_of_a_blocked_joint |
 | transmit queue full | test_motor: dropped_commands, dropped_for_longer; here: full_queue_* |
 | motor loop paused | test_motor: pause_is_measured, arm_that_has_stopped_since, loop_that_paused |
 | bus-off, interface down | here: bus_off_*, interface_that_goes_down |
@@ -23,6 +25,7 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 | guardian or policy process gone | test_run: killed_guardian, killed_policy |
 | likewise | test_run_ends: guardian_that_hangs |
 | main process hangs or dies | test_run_ends: main_process_that_hangs; test_run_orphaned |
+| likewise | test_motor: silent_supervisor_stops, silent_supervisor_ends_a_parking |
 | display fails | test_run_ends: display_that_fails, display_is_blocked |
 | error inside the motor process | test_run: error_inside_the_motor_process |
 | recorder gone | test_record_run: recorder_that_dies, full_disk |
@@ -385,8 +388,11 @@ def test_drift_on_known_firmware_is_a_fault_within_a_third_of_a_second():
 
 
 def test_drift_on_other_firmware_warns_once(rig, caplog):
+    assert not rig.watch(200).drifted
     rig.fake.faults.drift_mdeg[5] = 25_000
-    assert rig.watch(200).fault is None
+    state = rig.watch(200)
+    assert state.fault is None
+    assert state.drifted
     assert caplog.text.count("the feedback has drifted") == 1
 
 
@@ -543,6 +549,16 @@ def test_hold_arm_in_teach_mode_is_left_alone():
         guardian.hold()
     assert len(ends[0].sent) == n_sent[0]
     assert len(ends[1].sent) == n_sent[1] + 3
+
+
+def test_hold_by_angles_that_drifted_sends_nothing(rig):
+    """It would move the arm by as much as they are wrong."""
+    rig.fake.faults.drift_mdeg[5] = 25_000
+    rig.watch(200)
+    n_heard = sum(rig.fake.heard.values())
+    with pytest.raises(DeviceError, match="joint angles have drifted"):
+        rig.arm.hold()
+    assert sum(rig.fake.heard.values()) == n_heard
 
 
 def test_hold_without_fresh_angles_sends_nothing():
