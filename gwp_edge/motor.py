@@ -37,7 +37,7 @@ _SETTLE_NS = 200_000_000
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
-# An enter that is not followed by then must not start the arm when nobody thinks of it any more.
+# A start or an enter that is not followed by then must not move the arm when nobody thinks of it.
 _RESUME_LASTS_NS = 10_000_000_000
 
 
@@ -90,7 +90,8 @@ class MotorLoop:
         self._n_refused = self._n_rejected = self._t_outside_ns = 0
         self._n_settle = max(_STANDING_TICKS, _SETTLE_NS // options.period_ns)
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
-        self._t_resume_ns = 0
+        self._t_resume_ns = self._t_mode_ns = 0
+        self._wait_text = ""
         self._braking = False
         self._yielded_rad = math.inf
         self._stop_wanted = self._parking_begun = False
@@ -111,6 +112,7 @@ class MotorLoop:
         self._schedule.hold(self._limiter.position)
         # Before the mode: whoever sees that the arm is enabled finds a state of it.
         self._feedback.take(state)
+        self._t_mode_ns = self._clock.now_ns()
         self._set_mode(Mode.ENABLED)
 
     def stop(self) -> None:
@@ -277,6 +279,9 @@ class MotorLoop:
             self._hold(HoldReason.UNWATCHED, text, now_ns)
         elif request is Request.PARK:
             self._follow_parking(now_ns)
+        elif self._has_waited_too_long(now_ns):
+            text = f"{self._wait_text}; enter goes on once that is over"
+            self._hold(HoldReason.WAITED, text, now_ns)
         elif self._words[Word.POLICY_CAMERA_STALL]:
             if self.mode in (Mode.APPROACH, Mode.RUN):
                 self._hold(HoldReason.CAMERA_STALL, "no usable camera frames", now_ns)
@@ -309,6 +314,17 @@ class MotorLoop:
             and t_alive_ns > 0
             and now_ns - t_alive_ns > self._options.unwatched_ns
         )
+
+    def _has_waited_too_long(self, now_ns: int) -> bool:
+        """Whether starting now would be a surprise: somebody may have come near by now."""
+        waited_ns = now_ns - self._t_mode_ns
+        if self.mode is Mode.ENABLED:
+            if waited_ns <= max(self._options.resume_ns, _RESUME_LASTS_NS):
+                return False
+            self._wait_text = "no usable plan came"
+        elif self.mode is not Mode.HOLD or not self.hold_reason.ends_by_itself:
+            return False
+        return waited_ns > self._options.resume_ns
 
     def _try_to_start(self, now_ns: int) -> None:
         """Begin an approach from ENABLED or a hold that may end, with a plan made since then."""
@@ -370,6 +386,7 @@ class MotorLoop:
             self._schedule.stop(now_ns, self._limiter.position, self._limiter.velocity)
             self._limiter.retarget()
             self._pending = None
+            self._wait_text = text
             if reason is not HoldReason.STOP:
                 self._words[Word.MOTOR_N_HOLDS] += 1
         self.hold_reason = reason
@@ -389,6 +406,7 @@ class MotorLoop:
     def _set_mode(self, mode: Mode) -> None:
         if mode is not self.mode:
             self._yielded_rad = math.inf
+            self._t_mode_ns = self._clock.now_ns()
         self.mode = mode
         self._n_standing = 0
         if mode is not Mode.HOLD:

@@ -16,6 +16,8 @@ from gwp_edge.status import Event, HoldReason, Mode, PolicyPhase
 
 # Silence of less than so many motor periods is not a sign of anything.
 _GUARDED_PERIODS = 1.5
+# Whoever put the camera's plug back in may have a hand there still, and is asked for a key.
+OPERATOR_RESUME_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,8 @@ class RunOptions:
         guardian_timeout_s: silence of the motor loop after which the guardian takes over.
         start_timeout_s: time for loading, connecting and checks.
         recover_timeout_s: a hold that does not end by then ends the run, if nobody is there.
-        interactive: an operator watches: holds wait for a key instead of a time.
+        interactive: an operator watches: holds wait for a key, also those that end by themselves
+            once they have lasted for ``OPERATOR_RESUME_S``.
         skip_checks: names of preflight checks whose failure is reported and ignored.
         record: new folder to record the run to; None records nothing.
     """
@@ -65,6 +68,13 @@ class RunOptions:
                 f"{self.guardian_timeout_s * 1e3:g} ms of silence, would not wait for the next "
                 f"tick; expected at least {_GUARDED_PERIODS / self.guardian_timeout_s:g} Hz"
             )
+
+    @property
+    def resume_s(self) -> float:
+        """How long a hold may last and still end by itself, s."""
+        if not self.interactive:
+            return self.recover_timeout_s
+        return min(self.recover_timeout_s, OPERATOR_RESUME_S)
 
     @property
     def is_guarded(self) -> bool:

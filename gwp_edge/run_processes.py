@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -63,7 +64,8 @@ class RunProcesses:
                 realtime=options.motor.realtime,
                 priority=max(1, options.motor.priority - 10),
             )
-        self.motor = self._spawn("motor", motor_main, setup, options.motor)
+        motor = dataclasses.replace(options.motor, resume_ns=round(options.resume_s * 1e9))
+        self.motor = self._spawn("motor", motor_main, setup, motor)
         words[Word.MOTOR_PID] = self.motor.pid or 0
         policy_setup = PolicySetup(
             board=setup.board,

@@ -88,6 +88,7 @@ class HoldReason(enum.IntEnum):
     STOP = 8
     ARM = 9
     UNWATCHED = 10
+    WAITED = 11
 
     @property
     def ends_by_itself(self) -> bool:

@@ -878,6 +878,51 @@ def test_silent_supervisor_stops_the_arm_until_a_person_resumes(rig):
     assert rig.loop.mode is Mode.RUN
 
 
+def stall(rig, *, for_ns):
+    """Let the cameras fail for so long, plans come again after it; tick until that is over."""
+    rig.words[Word.POLICY_CAMERA_STALL] = 1
+    rig.ticks(for_ns // TICK_NS)
+    rig.words[Word.POLICY_CAMERA_STALL] = 0
+    rig.ticks(100, every=10, speed=0.0)
+
+
+def test_hold_that_ended_soon_resumes_by_itself(rig):
+    rig.run()
+    stall(rig, for_ns=2_500 * MS)
+    assert rig.loop.mode is Mode.RUN
+
+
+def test_hold_that_lasted_waits_for_a_person(rig):
+    """Whoever plugged the camera in again has a hand at the arm."""
+    rig.run()
+    stall(rig, for_ns=3_500 * MS)
+    assert rig.loop.mode is Mode.HOLD
+    assert rig.loop.hold_reason is HoldReason.WAITED
+    said = [t for t in rig.said() if t.startswith("hold: ")]
+    assert said[-1] == "hold: no usable camera frames; enter goes on once that is over"
+    before = rig.arm.sent[-1].copy()
+    rig.ticks(2000, every=10, speed=0.0)
+    assert (rig.arm.sent[-1] == before).all()
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(100, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+    rig.check_decelerated_and_holding()
+
+
+def test_start_without_a_plan_for_long_waits_for_a_person(rig):
+    rig.words[Word.REQUEST] = Request.RUN
+    rig.ticks(1900)
+    assert rig.loop.mode is Mode.ENABLED
+    rig.ticks(200)
+    assert rig.loop.hold_reason is HoldReason.WAITED
+    assert any("no usable plan came; enter goes on" in t for t in rig.said())
+    rig.ticks(100, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.HOLD
+    rig.words[Word.RESUME_COUNT] += 1
+    rig.ticks(100, every=10, speed=0.0)
+    assert rig.loop.mode is Mode.RUN
+
+
 def test_silent_supervisor_ends_a_parking(make_rig):
     """Its keys are dead then: nobody could stop the arm on its way."""
     rig = make_rig(park=np.full(7, 1.5))
