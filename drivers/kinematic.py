@@ -138,6 +138,7 @@ class KinematicArm:
             self._segment, self._spec.n_channels, self._options, self._limits
         )
         if enable:
+            time.sleep(self._options.enable_s)
             now_ns = time.monotonic_ns()
             q, _ = self._state.at(now_ns)
             self._state.write("motor", q, q, now_ns)

@@ -46,6 +46,7 @@ class KinematicOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     Attributes:
         lag_s: time constant of every joint.
+        enable_s: how long it takes until all motors have power.
         start_position: D values; by default the middle of the policy's state statistics.
         fps: pictures per second.
         width_px: image width.
@@ -56,6 +57,7 @@ class KinematicOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """
 
     lag_s: float = 0.04
+    enable_s: float = 0.0
     start_position: tuple[float, ...] | None = None
     fps: float = 30.0
     width_px: int = 160
@@ -66,6 +68,7 @@ class KinematicOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         for name, low, high in (
             ("lag_s", 1e-4, 10.0),
+            ("enable_s", 0.0, 600.0),
             ("fps", 0.1, 1000.0),
             ("width_px", 16, 4096),
             ("height_px", 16, 4096),

@@ -54,16 +54,45 @@ class ArmSetup:
         return Board.attach(self.board, self.spec.n_channels, self.spec.n_rows)
 
 
+class _Interrupted(BaseException):
+    """SIGTERM came while the arm was opened. Not an error that a driver might try to mend."""
+
+
 class _Life:
     """Whether this process is asked to end: a signal, or its parent is gone."""
 
     def __init__(self, supervisor_pid: int) -> None:
         self._supervisor_pid = supervisor_pid
-        self._terminated = False
+        self._terminated = self._is_opening = False
         leave_terminal(self._on_terminate)
 
     def _on_terminate(self) -> None:
         self._terminated = True
+        if self._is_opening:
+            self._is_opening = False
+            raise _Interrupted
+
+    def open(self, arm: Arm, *, enable: bool) -> None:
+        """Open ``arm``, unless SIGTERM comes first.
+
+        A driver looks at nothing of the run while it powers motor after motor, for seconds.
+
+        Raises:
+            DeviceError: as the driver says.
+            _Interrupted: it was broken off; the arm is closed.
+        """
+        self._is_opening = True
+        try:
+            if not self._terminated:
+                arm.open(enable=enable)
+        except BaseException:
+            self._is_opening = False
+            arm.close()
+            raise
+        self._is_opening = False
+        if self._terminated:
+            arm.close()
+            raise _Interrupted
 
     @property
     def over(self) -> bool:
@@ -91,6 +120,8 @@ def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
     try:
         arm = create_arm(setup.robot, setup.spec, setup.extra)
         _run(arm, board, setup, options, life)
+    except _Interrupted:
+        say(EventKind.INFO, "stopped while the arm was opened")
     except GwpError as e:
         say(EventKind.ERROR, str(e))
         board.words[Word.MOTOR_MODE] = int(Mode.FAULT)
@@ -108,7 +139,7 @@ def motor_main(setup: ArmSetup, options: MotorOptions) -> None:
 
 def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _Life) -> None:
     words, clock = board.words, MonotonicClock(spin_ns=SPIN_NS)
-    arm.open(enable=False)
+    life.open(arm, enable=False)
     _say_check(board, check_arm(arm.state()))
     limits = intersect_limits(arm.limits, setup.robot.limits, arm.channels)
     park = park_pose(setup.robot, arm.channels)
@@ -127,7 +158,8 @@ def _run(arm: Arm, board: Board, setup: ArmSetup, options: MotorOptions, life: _
     warnings = make_realtime(priority=options.priority, cpu=options.cpu, scheduler=options.realtime)
     for warning in warnings:
         board.events["motor"].say(EventKind.WARNING, warning)
-    arm.open(enable=not options.dry_run)
+    words[Word.MOTOR_POWERING] = int(not options.dry_run)
+    life.open(arm, enable=not options.dry_run)
     loop = MotorLoop(arm, board, clock, options, limits=limits, park=park, workspace=workspace)
     loop.begin(arm.state())
     words[Word.MOTOR_HEARTBEAT_NS] = clock.now_ns()

@@ -21,6 +21,7 @@ class Word(enum.IntEnum):
     # motor process
     MOTOR_HEARTBEAT_NS = enum.auto()
     MOTOR_MODE = enum.auto()  # a Mode
+    MOTOR_POWERING = enum.auto()  # 1 from the moment at which motors may get power
     MOTOR_ARMED = enum.auto()  # 1 while a sudden death would leave a moving target behind
     MOTOR_ENDED = enum.auto()  # 1: ended by itself, the arm holds
     MOTOR_HOLD_REASON = enum.auto()  # a HoldReason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
 from typing import Final
 
 from gwp_edge.errors import DeviceError
@@ -59,7 +60,7 @@ class Supervisor:
         self._t_hold_s: float | None = None
         self._t_status_s = 0.0
         self._n_guardian_silent = 0
-        self._hold_first = False
+        self._hold_first = self._has_interrupted = False
 
     def run(self) -> None:
         """Start, watch, end."""
@@ -357,6 +358,7 @@ class Supervisor:
         # Parking is slow on purpose; a stop is not.
         deadline_s = time.monotonic() + (_PARK_TIMEOUT_S if parking else _STOP_TIMEOUT_S)
         while motor.exitcode is None:
+            self._interrupt_opening(motor)
             self._turn()
             tripped = bool(self._words[Word.GUARDIAN_TRIPPED_NS])
             if tripped:
@@ -383,6 +385,14 @@ class Supervisor:
             self._findings.fail("crashed", f"the motor process was killed ({-motor.exitcode})")
         self._await_guardian()
         self._note_standing()
+
+    def _interrupt_opening(self, motor: BaseProcess) -> None:
+        """Break off the opening of the arm, so that no further motor gets power."""
+        opens = self._words[Word.MOTOR_MODE] < Mode.ENABLED and not self._words[Word.MOTOR_ENDED]
+        if opens and not self._has_interrupted and self._board.request >= Request.STOP:
+            # Once: in a process that ends, the second one finds no handler any more.
+            self._has_interrupted = True
+            motor.terminate()
 
     def _see_stop_of_end(self) -> None:
         """Take the e-stop, Ctrl-C and space while the arm is parked or stopped."""
@@ -424,6 +434,11 @@ class Supervisor:
             findings.standing = "NOBODY HOLDS THE ARM: it follows its last target; use the e-stop"
         elif words[Word.MOTOR_N_TICKS] and not self._options.motor.dry_run:
             findings.standing = "the arm stands and holds"
+        elif words[Word.MOTOR_POWERING]:
+            findings.standing = (
+                "the start was broken off while motors were powered: those that have power hold "
+                "their pose, the others none; support the arm before you switch it off"
+            )
         else:
             findings.standing = "the arm was not moved"
 

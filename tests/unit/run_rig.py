@@ -39,6 +39,7 @@ class Run:
         self,
         *,
         faults=(),
+        enable_s=0.0,
         script="sine",
         policy=None,
         on_status=None,
@@ -51,9 +52,8 @@ class Run:
         robot = load_robot("kinematic", self.spec)
         if park_share is not None:
             robot = msgspec.structs.replace(robot, park=self.park_pose(park_share))
-        world = msgspec.structs.replace(
-            robot.world, options={"command_log": str(self.log), "faults": list(faults)}
-        )
+        world_options = {"command_log": str(self.log), "faults": list(faults), "enable_s": enable_s}
+        world = msgspec.structs.replace(robot.world, options=world_options)
         robot = msgspec.structs.replace(robot, world=world)
         options.setdefault("motor", MOTOR)
         # Never the expected end, only the end of a test that would not end.

@@ -59,7 +59,7 @@ def test_memory_is_locked_while_no_bus_is_open(board, monkeypatch, dry_run, seco
     """Locking takes a tenth of a second, in which frames pile up unread and look like silence."""
     done = []
     arm = Listed(done)
-    life = SimpleNamespace(over=False)
+    life = SimpleNamespace(over=False, open=lambda arm, enable: arm.open(enable=enable))
 
     def make_realtime(**_):
         done.append("real-time")

@@ -33,6 +33,7 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 | likewise | test_bench_loop; test_run_ends: motor_process_that_does_not_stop |
 | operator, external e-stop | test_run: estop_signal, keys_hold_resume_and_park |
 | likewise | test_run_ends: parking_can_be_stopped, keys_before_the_start |
+| likewise | test_run_ends: while_motors_are_powered; test_motor: hold_that_lasted |
 
 test_bench_soak injects most of them into whole runs and judges the commands at the arm.
 """

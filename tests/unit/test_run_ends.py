@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def quit_then(a_run, action):
 )
 def test_parking_can_be_stopped(a_run, action, outcome, words):
     summary = a_run.start(**quit_then(a_run, action))
-    assert summary.outcome == outcome
+    assert summary.outcome == outcome, summary.message
     assert words in summary.message
     assert summary.exit_code == (outcome in ("estop", "held"))
     _, q = a_run.commands()
@@ -132,6 +133,28 @@ def test_park_pose_out_of_reach_is_refused_before_anything_moves(a_run):
     summary = a_run.start(park_share=1.01)
     assert summary.exit_code == 1
     assert "park pose: left_joint_1 is 2.63" in summary.message
+    assert not a_run.log.with_name("commands.motor").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome"), [(signal.SIGUSR1, "estop"), (signal.SIGINT, "interrupted")]
+)
+def test_signal_while_motors_are_powered_breaks_that_off(a_run, number, outcome):
+    """The e-stop once waited until the last motor of the second arm had power."""
+    seen = {"n_ready": 0, "t_pressed_s": 0.0}
+
+    def press(status):
+        if status.phase is PolicyPhase.READY and status.mode is Mode.CONNECTED:
+            seen["n_ready"] += 1  # every 50 ms; the checks are over after the first
+            if seen["n_ready"] == 20:
+                seen["t_pressed_s"] = time.monotonic()
+                os.kill(os.getpid(), number)
+
+    summary = a_run.start(enable_s=120.0, on_status=press)
+    assert time.monotonic() - seen["t_pressed_s"] < 60.0
+    assert summary.outcome == outcome, summary.message
+    assert "killed" not in summary.message
+    assert "the start was broken off while motors were powered" in summary.message
     assert not a_run.log.with_name("commands.motor").exists()
 
 
