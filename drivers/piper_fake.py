@@ -22,6 +22,8 @@ _FIRMWARE_FRAMES = 11
 
 # Rest pose, 0.001 degree: folded, within every limit.
 REST_MDEG = (0, 10 * _DEG, -20 * _DEG, 0, 15 * _DEG, 0)
+_STATUS_OVER_LIMIT = 4
+_MDEG_PER_DDEG = 100
 _LIMITS_DDEG = ((1500, -1500), (1800, 0), (0, -1700), (1000, -1000), (700, -700), (1200, -1200))
 
 
@@ -35,14 +37,14 @@ class Faults:
         drop_every: of the joint feedback every n-th frame is lost; 0 for none.
         arm_status: byte 1 of the status frame, or None for the true one.
         mode: byte 0 of the status frame, or None for the true one.
-        over_limit: byte 6 of the status frame.
+        over_limit: bits that byte 6 of the status frame has beside the true ones.
         joint_silent: byte 7 of the status frame.
         driver_bits: joint number to extra bits of its driver status.
         gripper_bits: extra bits of the gripper status.
         stuck: joints that do not move.
         no_enable: joints that ignore the enable command.
         drift_mdeg: joint number to an error of its reported angle, 0.001 degree.
-        limits: joint number to (max, min) in 0.1 degree that it answers.
+        limits: joint number to (max, min) in 0.1 degree that it answers and stops at.
         gripper_unset: the stroke was never set: parameter 0, feedback stuck at 0.
         no_answers: ignores questions.
         leader: silent but for joint commands, as a leader arm that is moved.
@@ -143,6 +145,29 @@ class FakePiper:
         status = self.arm_status if self.faults.arm_status is None else self.faults.arm_status
         return status not in (0, 2, 3, 4)
 
+    def _limits_ddeg(self, j: int) -> tuple[int, int]:
+        """Return (max, min) of joint j + 1, 0.1 degree, as 0x473 answers them."""
+        return self.faults.limits.get(j + 1, _LIMITS_DDEG[j])
+
+    def _limits_mdeg(self, j: int) -> tuple[int, int]:
+        high_ddeg, low_ddeg = self._limits_ddeg(j)
+        return low_ddeg * _MDEG_PER_DDEG, high_ddeg * _MDEG_PER_DDEG
+
+    def _within_limits(self, j: int, angle_mdeg: float) -> float:
+        low_mdeg, high_mdeg = self._limits_mdeg(j)
+        return min(max(angle_mdeg, low_mdeg), high_mdeg)
+
+    @property
+    def over_limit(self) -> int:
+        """Bit j is set while joint j + 1 is commanded beyond its limit."""
+        if not self._follows():
+            return 0
+        return sum(
+            1 << j
+            for j, target in enumerate(self.target_mdeg)
+            if self.enabled[j] and self._within_limits(j, target) != target
+        )
+
     def _hear_mode(self, data: bytes) -> None:
         if data[3] == 0xAD or data[1] in (4, 6):
             self.forbidden.append((codec.ID_MODE, data))
@@ -188,8 +213,7 @@ class FakePiper:
         joint, content = data[0], data[1]
         if can_id == codec.ID_QUERY_LIMIT and 1 <= joint <= N:
             if content == codec.QUERY_LIMIT:
-                high, low = self.faults.limits.get(joint, _LIMITS_DDEG[joint - 1])
-                answer = struct.pack(">BhhHx", joint, high, low, 300)
+                answer = struct.pack(">BhhHx", joint, *self._limits_ddeg(joint - 1), 300)
                 self._replies.append((codec.ID_LIMIT, answer))
             elif content == codec.QUERY_ACCELERATION:
                 self._replies.append((codec.ID_ACCELERATION, struct.pack(">BH5x", joint, 500)))
@@ -246,7 +270,8 @@ class FakePiper:
             elif stopped:
                 goal, fastest = float(REST_MDEG[j]), 10_000.0  # damped descent
             else:
-                goal, fastest = self.target_mdeg[j] if follows else here, top
+                goal = self._within_limits(j, self.target_mdeg[j]) if follows else here
+                fastest = top
             if j + 1 in self.faults.stuck:
                 self.speed_mdeg_s[j] = 0.0
                 continue
@@ -255,11 +280,20 @@ class FakePiper:
             wish = min(abs(gap) / 0.05, 0.9 * math.sqrt(2 * most * abs(gap)), fastest)
             change = math.copysign(wish, gap) - self.speed_mdeg_s[j]
             self.speed_mdeg_s[j] += max(-most * dt_s, min(most * dt_s, change))
-            self.joint_mdeg[j] += self.speed_mdeg_s[j] * dt_s
+            self.joint_mdeg[j] = self._stopped_at_limit(j, here + self.speed_mdeg_s[j] * dt_s)
         if self.gripper_enabled and follows:
             most_um = 250_000.0 * dt_s
             gap = self.gripper_target_um - self.gripper_um
             self.gripper_um += max(-most_um, min(most_um, gap))
+
+    def _stopped_at_limit(self, j: int, there_mdeg: float) -> float:
+        """Return where joint j + 1 gets to: one that is out of its limits already goes inwards."""
+        low_mdeg, high_mdeg = self._limits_mdeg(j)
+        here_mdeg = self.joint_mdeg[j]
+        stop_mdeg = min(max(there_mdeg, min(low_mdeg, here_mdeg)), max(high_mdeg, here_mdeg))
+        if stop_mdeg != there_mdeg:
+            self.speed_mdeg_s[j] = 0.0
+        return stop_mdeg
 
     def _speak(self) -> list[codec.Frame]:
         faults = self.faults
@@ -283,15 +317,17 @@ class FakePiper:
     def _status(self) -> codec.Frame:
         faults = self.faults
         moving = any(abs(v) > 100 for v in self.speed_mdeg_s)
+        over_limit = self.over_limit
+        status = self.arm_status or (_STATUS_OVER_LIMIT if over_limit else 0)
         return codec.ID_STATUS, bytes(
             (
                 self.mode if faults.mode is None else faults.mode,
-                self.arm_status if faults.arm_status is None else faults.arm_status,
+                status if faults.arm_status is None else faults.arm_status,
                 self.move_mode,
                 0,
                 int(moving),
                 0,
-                faults.over_limit,
+                faults.over_limit | over_limit,
                 faults.joint_silent,
             )
         )

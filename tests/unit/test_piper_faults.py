@@ -141,6 +141,48 @@ def test_joint_at_its_limit_is_named_and_passes(rig):
     assert rig.watch(2).caution is None
 
 
+@pytest.mark.parametrize(
+    ("joint", "target_mdeg", "limit_mdeg"),
+    [(1, 400_000, 150_000), (2, -5_000, 0), (3, -400_000, -170_000)],
+)
+def test_fake_target_over_a_limit_stops_there_and_is_a_caution(joint, target_mdeg, limit_mdeg):
+    """The fake followed a target of 400 degrees with status 0: no test could reach a limit."""
+    rig = Rig()
+    rig.arm.open(enable=True)
+    targets = [round(q) for q in rig.fake.joint_mdeg]
+    inside = list(targets)
+    targets[joint - 1] = target_mdeg
+    for frame in codec.encode_joints(targets):
+        rig.fake.hear(*frame)
+    text, _ = rig.caution_after(10 * MS)
+    assert "over the arm's own angle limit" in text
+    assert rig.arm.units[0].feedback.arm_status == 4
+    assert rig.fake.over_limit == 1 << (joint - 1)
+    for _ in range(1000):
+        rig.watch()
+        assert rig.fake.joint_mdeg[joint - 1] * np.sign(target_mdeg) <= abs(limit_mdeg)
+    assert rig.fake.joint_mdeg[joint - 1] == pytest.approx(limit_mdeg, abs=1)
+    assert rig.watch().fault is None
+    assert rig.watch().caution is not None  # it holds as long as the target does
+    for frame in codec.encode_joints(inside):
+        rig.fake.hear(*frame)
+    assert rig.watch(2).caution is None
+    assert rig.fake.over_limit == 0
+
+
+def test_fake_stops_at_the_limits_that_it_answers(rig):
+    rig.fake.faults.limits[1] = (200, -200)
+    for frame in codec.encode_joints([90_000, 10_000, -20_000, 0, 15_000, 0]):
+        rig.fake.hear(*frame)
+    rig.watch(400)
+    assert rig.fake.joint_mdeg[0] == pytest.approx(20_000, abs=1)
+    rig.fake.faults.limits[1] = (100, -100)  # out of them now: not farther, and no jump
+    rig.watch(1)
+    assert rig.fake.joint_mdeg[0] > 19_000
+    rig.watch(400)
+    assert rig.fake.joint_mdeg[0] == pytest.approx(10_000, abs=1)
+
+
 def test_joints_that_do_not_answer_are_named_and_stay(rig):
     rig.fake.faults.joint_silent = 0b100001
     assert "joint 1, joint 6 does not answer the controller" in rig.fault_after(10 * MS)[0]
