@@ -12,8 +12,11 @@ import math
 import struct
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, ERR_BUS_OFF
+from gwp_edge.drivers.piper_model import end_pose
 
 N = codec.N_JOINTS
 _NS_PER_S = 1_000_000_000
@@ -111,6 +114,8 @@ class FakePiper:
         self._t_next_ns: int | None = None
         self._n_steps = 0
         self._n_joint_frames = 0
+        self._end_pose: list[codec.Frame] = []
+        self._end_pose_mdeg: list[int] = []
 
     # --- commands -------------------------------------------------------------------------
 
@@ -301,7 +306,7 @@ class FakePiper:
             return []
         if faults.leader:
             return list(codec.encode_joints([round(q) for q in self.joint_mdeg]))
-        frames = [self._status(), *self._joints(), self._gripper()]
+        frames = [self._status(), *self._pose(), *self._joints(), self._gripper()]
         for j in range(N):
             fast = struct.pack(
                 ">hhi",
@@ -331,6 +336,19 @@ class FakePiper:
                 faults.joint_silent,
             )
         )
+
+    def _pose(self) -> list[codec.Frame]:
+        """Return the end pose, of the true angles; a resting arm's is not computed again."""
+        q = [round(angle) for angle in self.joint_mdeg]
+        if q != self._end_pose_mdeg:
+            x, y, z, *turns = end_pose(np.array(q) * codec.RAD_PER_MDEG)
+            values = [*(codec.m_to_um(v) for v in (x, y, z)), *codec.rad_to_mdeg(*turns)]
+            self._end_pose = [
+                (can_id, struct.pack(">ii", *values[2 * k : 2 * k + 2]))
+                for k, can_id in enumerate(codec.ID_POSE_FEEDBACK)
+            ]
+            self._end_pose_mdeg = q
+        return self._end_pose
 
     def _joints(self) -> list[codec.Frame]:
         q = [

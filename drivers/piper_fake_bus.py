@@ -26,6 +26,12 @@ from gwp_edge.protocols import Clock
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.001
+_WANTED = frozenset(RECEIVED_IDS)
+
+
+def _passes_filter(can_id: int) -> bool:
+    """Whether the kernel would hand this frame to a driver's CAN socket; see ``pack_filters``."""
+    return can_id in _WANTED or bool(can_id & CAN_ERR_FLAG)
 
 
 class MemoryWire:
@@ -79,11 +85,11 @@ class MemoryCan:
         # About what 212992 bytes of receive buffer, Linux's default, hold.
         self.most = 277
         self._wire = wire
-        self._wanted = frozenset(RECEIVED_IDS)
 
     def queue_up(self, frames: Sequence[StampedFrame]) -> None:
-        """Let ``frames`` arrive, as far as there is room."""
-        self.queue += frames[: max(0, self.most - len(self.queue))]
+        """Let those of ``frames`` arrive that the driver asked for, as far as there is room."""
+        passed = [frame for frame in frames if _passes_filter(frame[0])]
+        self.queue += passed[: max(0, self.most - len(self.queue))]
 
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""
@@ -102,7 +108,7 @@ class MemoryCan:
             raise DeviceError(f"CAN interface {self.name} went down")
         self._wire.run()
         frames, self.queue = self.queue, []
-        return [f for f in frames if f[0] in self._wanted or f[0] & CAN_ERR_FLAG]
+        return frames
 
     def close(self) -> None:
         """Nothing to close."""
@@ -165,7 +171,10 @@ class VirtualFake:
 class FakeServer:
     """A fake arm that listens on a Unix SEQPACKET socket; several programs may join its bus.
 
-    As on a wire, everyone hears what the others send. Threads: one owner, who calls ``serve``.
+    As on a wire, everyone hears what the others send. The socket stands for a kernel CAN socket
+    with a driver's filters: of all frames on the wire it delivers those of ``RECEIVED_IDS`` and
+    error frames, so that a driver pays for no others, here as there. Threads: one owner, who calls
+    ``serve``.
     """
 
     def __init__(self, path: str, fake: FakePiper) -> None:
@@ -190,7 +199,7 @@ class FakeServer:
             if not self.deaf:
                 self._listen()
             for can_id, data, t_ns in self._fake.step(time.monotonic_ns()):
-                self._broadcast(UNIX_FRAME.pack(can_id, len(data), data, t_ns), None)
+                self._broadcast(can_id, data, t_ns, None)
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -215,10 +224,12 @@ class FakeServer:
         heard.sort(key=lambda frame: frame[0])
         for t_sent_ns, can_id, data, client in heard:
             self._fake.hear(can_id, data, t_sent_ns)
-            packet = UNIX_FRAME.pack(can_id, len(data), data, time.monotonic_ns())
-            self._broadcast(packet, client)
+            self._broadcast(can_id, data, time.monotonic_ns(), client)
 
-    def _broadcast(self, packet: bytes, sender: socket.socket | None) -> None:
+    def _broadcast(self, can_id: int, data: bytes, t_ns: int, sender: socket.socket | None) -> None:
+        if not _passes_filter(can_id):
+            return
+        packet = UNIX_FRAME.pack(can_id, len(data), data, t_ns)
         for client in list(self._clients):
             if client is not sender:
                 try:

@@ -66,6 +66,7 @@ GRIPPER_VELOCITY_MAX_M_S: Final = 0.1
 GRIPPER_ACCELERATION_MAX_M_S2: Final = 1.0
 _IK_ITERATIONS: Final = 300
 _IK_DAMPING: Final = 1e-4
+_GIMBAL_LOCK: Final = 1e-6
 
 
 def command_range(n_arms: int) -> tuple[FloatArray, FloatArray]:
@@ -111,6 +112,25 @@ def link_poses(joints_rad: FloatArray) -> FloatArray:
         pose = pose @ _dh_transform(row, float(joints[i]))
         poses[i] = pose
     return poses
+
+
+def end_pose(joints_rad: FloatArray) -> tuple[float, float, float, float, float, float]:
+    """Return the end pose as the arm reports it, frame 6 in its base: x y z in m, rx ry rz in rad.
+
+    Rotations are about the base's fixed axes, x first: R = Rz(rz) Ry(ry) Rx(rx). Where ry is
+    +-90 degrees only the sum or difference of the others is known, and rz is 0.
+
+    Source: piper_sdk 0.6.2, ``kinematics/piper_fk.py``, with which a test compares it.
+    """
+    pose = link_poses(joints_rad)[-1]
+    x, y, z = (float(v) for v in pose[:3, 3])
+    level = math.hypot(pose[0, 0], pose[1, 0])
+    ry = math.atan2(-pose[2, 0], level)
+    if level < _GIMBAL_LOCK:
+        turn = math.atan2(pose[0, 1], pose[1, 1])
+        return x, y, z, math.copysign(1.0, ry) * turn, ry, 0.0
+    rx = math.atan2(pose[2, 1], pose[2, 2])
+    return x, y, z, rx, ry, math.atan2(pose[1, 0], pose[0, 0])
 
 
 def tool_pose(joints_rad: FloatArray) -> FloatArray:

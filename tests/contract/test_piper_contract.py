@@ -1,5 +1,6 @@
 """The PiPER driver over real transports, and the vendor's own SDK against the fake arm."""
 
+import socket
 import threading
 import time
 import uuid
@@ -14,9 +15,11 @@ pytest.importorskip("piper_sdk")
 from gwp_edge.clock import MonotonicClock  # noqa: E402
 from gwp_edge.drivers import piper_codec as codec  # noqa: E402
 from gwp_edge.drivers.piper import PiperArm  # noqa: E402
+from gwp_edge.drivers.piper_can import UNIX_FRAME  # noqa: E402
 from gwp_edge.drivers.piper_fake import FakePiper  # noqa: E402
 from gwp_edge.drivers.piper_fake_bus import FakeProcess, MemoryWire, VirtualFake  # noqa: E402
-from gwp_edge.drivers.piper_link import CodecLink  # noqa: E402
+from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, ERR_NO_ACK  # noqa: E402
+from gwp_edge.drivers.piper_link import RECEIVED_IDS, CodecLink  # noqa: E402
 from gwp_edge.drivers.piper_options import parse_options  # noqa: E402
 from gwp_edge.errors import DeviceError, DeviceTimeoutError  # noqa: E402
 from gwp_edge.spec import Channel  # noqa: E402
@@ -276,6 +279,23 @@ def test_vendor_sdk_sees_our_driver_move_the_arm(channel, sdk):
         arm.close()
 
 
+def test_vendor_sdk_reads_the_end_pose_that_its_own_kinematics_gives(channel, sdk):
+    from piper_sdk.kinematics.piper_fk import C_PiperForwardKinematics
+
+    pose_mdeg = (12_345, 45_678, -56_789, -12_340, 23_450, -98_765)
+    with VirtualFake(channel, slow_fake(joint_mdeg=pose_mdeg)) as bus:
+        bus.fake.enabled = [True] * 6
+        sdk.ConnectPort(piper_init=False)
+        joints_rad = [codec.mdeg_to_rad(q) for q in pose_mdeg]
+        *_, theirs = C_PiperForwardKinematics(dh_is_offset=0x01).CalFK(joints_rad)
+
+        def read():
+            p = sdk.GetArmEndPoseMsgs().end_pose
+            return [p.X_axis, p.Y_axis, p.Z_axis, p.RX_axis, p.RY_axis, p.RZ_axis]
+
+        wait_for(lambda: read() == pytest.approx([1000 * v for v in theirs], abs=1.0))
+
+
 # --- other processes ---
 
 
@@ -333,6 +353,26 @@ def test_arm_in_another_process_that_stops_reading_fills_the_queue(processes):
     finally:
         left.set_deaf(deaf=False)
         arm.close()
+
+
+def test_bus_in_another_process_delivers_only_what_a_kernel_filter_would(processes):
+    """It sent everything, so that drivers paid for frames which a real socket never hands over."""
+    left, _ = processes
+    other = make_arm(can=left.channel)
+    other.open(enable=False)
+    heard = set()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+        raw.settimeout(PATIENCE_S)
+        raw.connect(left.channel.removeprefix("unix:"))
+        left.call("error_frame", ERR_NO_ACK)
+        while not {CAN_ERR_FLAG | ERR_NO_ACK, codec.ID_FIRMWARE, 0x2A1, 0x266} <= heard:
+            if codec.ID_FIRMWARE not in heard:
+                other.units[0]._link.ask(0)
+            other.units[0]._link.mode(100)  # for the arm alone
+            heard.add(UNIX_FRAME.unpack(raw.recv(UNIX_FRAME.size))[0])
+    other.close()
+    assert {can_id for can_id in heard if not can_id & CAN_ERR_FLAG} <= set(RECEIVED_IDS)
+    assert codec.ID_MODE in left.look()[2]
 
 
 def test_arm_in_another_process_that_falls_silent_and_returns(processes):

@@ -141,6 +141,25 @@ def test_joint_at_its_limit_is_named_and_passes(rig):
     assert rig.watch(2).caution is None
 
 
+def test_fake_says_as_much_as_the_vendor_documents():
+    """It left the end pose out, and a fifth of what a bus carries with it."""
+    fake = FakePiper()
+    fake.step(0)
+    counts = {}
+    for now_ms in range(1, 1_001):
+        for can_id, _, _ in fake.step(now_ms * MS):
+            counts[can_id] = counts.get(can_id, 0) + 1
+    fast = (*range(0x251, 0x257), *range(0x2A1, 0x2A9))
+    assert counts == {**dict.fromkeys(fast, 200), **dict.fromkeys(range(0x261, 0x267), 40)}
+    assert sum(counts.values()) == 3040
+
+
+def test_memory_bus_passes_what_a_kernel_filter_would_and_fills_with_nothing_else(rig):
+    rig.clock.sleep_until_ns(rig.clock.t_ns + 50 * MS)
+    assert {0x2A1, 0x261} <= {can_id for can_id, _, _ in rig.bus.queue}
+    assert not {can_id for can_id, _, _ in rig.bus.queue} & set(codec.ID_POSE_FEEDBACK)
+
+
 @pytest.mark.parametrize(
     ("joint", "target_mdeg", "limit_mdeg"),
     [(1, 400_000, 150_000), (2, -5_000, 0), (3, -400_000, -170_000)],

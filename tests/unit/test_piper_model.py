@@ -22,6 +22,35 @@ def test_link_poses_equal_vendor_kinematics():
         np.testing.assert_allclose(ours_m, theirs_m, atol=1e-6)
 
 
+def test_end_pose_equals_vendor_kinematics():
+    kinematics = pytest.importorskip("piper_sdk.kinematics.piper_fk")
+    vendor = kinematics.C_PiperForwardKinematics(dh_is_offset=0x01)
+    for joints in map(_random_joints, range(200)):
+        x, y, z, *turns = piper_model.end_pose(joints)
+        theirs = vendor.CalFK(list(joints))[-1]
+        np.testing.assert_allclose((x, y, z), np.array(theirs[:3]) / 1000, atol=1e-6)
+        apart = np.radians(theirs[3:]) - turns
+        np.testing.assert_allclose(np.remainder(apart + np.pi, 2 * np.pi) - np.pi, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("joint_5_deg", "ry_deg"), [(5.0, 90.0), (185.0, -90.0)])
+def test_end_pose_where_angles_are_not_unique_is_one_of_the_same_rotation(joint_5_deg, ry_deg):
+    joints = np.array([0.4, 0.0, 0.0, 0.0, np.radians(joint_5_deg), 0.0])
+    _, _, _, rx, ry, rz = piper_model.end_pose(joints)
+    assert np.degrees(ry) == pytest.approx(ry_deg, abs=1e-4)
+    assert rz == 0.0
+    rotation = piper_model.link_poses(joints)[-1][:3, :3]
+    np.testing.assert_allclose(_rotation(rx, ry, rz), rotation, atol=1e-5)
+
+
+def _rotation(rx, ry, rz):
+    cx, sx, cy, sy, cz, sz = (f(a) for a in (rx, ry, rz) for f in (np.cos, np.sin))
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
 def test_command_range_is_vendor_joint_limit():
     manager = pytest.importorskip("piper_sdk.piper_param.piper_param_manager")
     vendor = manager.C_PiperParamManager()
