@@ -4,6 +4,9 @@ Classic CAN at 1 Mbit/s, 11-bit identifiers, always 8 data bytes, big-endian. Ev
 protocol integers (0.001 degree, 0.001 mm, 0.001 N.m) and refuses what its field cannot carry, so
 nothing wraps. The MIT frames (0x15A to 0x15F) and the 0xAD pass-through mode have no encoder: their
 layout depends on the firmware, and in them the last command stays active when frames stop.
+Three optional answers have no decoder: 0x2AA to 0x2AC (joints of a MOVE P), 0x481 to 0x486 (speed
+and acceleration by joint) and 0x488 (assistance rating). A follower in joint position mode needs
+none of them, and the package below decodes none, so nothing could vouch for a decoder.
 
 Source: piper_sdk 0.6.2 (MIT), protocol/protocol_v2/piper_protocol_v2.py, which the tests use as
 the oracle for every frame here.

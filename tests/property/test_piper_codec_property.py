@@ -201,6 +201,13 @@ def test_decoders_cover_every_feedback_frame_of_the_table():
     }
 
 
+@pytest.mark.parametrize("can_id", [*range(0x2AA, 0x2AD), *range(0x481, 0x487), 0x488])
+def test_answers_without_a_decoder_have_none_in_the_sdk_either(can_id):
+    frame = can.Message(arbitration_id=can_id, data=bytes(8), is_extended_id=False)
+    assert not C_PiperParserV2().DecodeMessage(frame, PiperMessage())
+    assert can_id not in codec.DECODERS
+
+
 @settings(max_examples=400)
 @given(st.sampled_from(sorted(set(codec.DECODERS) - {0x2A1})), st.binary(min_size=8, max_size=8))
 def test_decode_any_bytes_equals_sdk(can_id, data):
