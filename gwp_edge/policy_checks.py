@@ -10,13 +10,12 @@ from gwp_edge.mailbox import Board
 from gwp_edge.observe import Observer
 from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.preflight import (
-    check_calibration,
     check_cameras,
     check_first_action,
     check_golden,
     check_latency,
+    check_loaded,
     check_statistics,
-    note_bundle,
 )
 from gwp_edge.profiling.stamps import stamp_record
 from gwp_edge.protocols import Clock, Policy
@@ -65,7 +64,7 @@ class PolicyChecks:
             StaleError: no observation in 10 s.
         """
         spec, loaded_with = self._policy.spec, self._options.kwargs
-        for line in (*note_bundle(loaded_with), *check_calibration(loaded_with)):
+        for line in check_loaded(loaded_with):
             self._tell(line)
         t_golden_ns = self._clock.now_ns()
         self._tell(check_golden(self._policy))

@@ -26,6 +26,17 @@ FREE_MEMORY_BYTES: Final = 256 * 1024 * 1024
 _SHOWN: Final = 4
 
 
+def check_loaded(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
+    """Return every line that a policy's loading alone decides: files, engine, calibration.
+
+    ``gwp-edge doctor`` says the same ones, so that what it passes no run refuses for them.
+
+    Args:
+        loaded_with: arguments of ``policy.load``; of any other factory no line is made.
+    """
+    return (*note_bundle(loaded_with), *check_calibration(loaded_with))
+
+
 def note_bundle(loaded_with: Mapping[str, object]) -> tuple[CheckResult, ...]:
     """Return the lines of a policy that was loaded from a bundle: its files and its engine.
 

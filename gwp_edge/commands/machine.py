@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def doctor(
     bundle: Annotated[
-        Path | None, typer.Argument(help="Also check this bundle: hashes, engine, golden run.")
+        Path | None,
+        typer.Argument(help="Also check this bundle: hashes, engine, calibration, golden run."),
     ] = None,
     robot: Annotated[
         str | None,

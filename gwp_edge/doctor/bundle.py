@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from gwp_edge.doctor.system import CheckResult, Status, System, failed, passed
 from gwp_edge.engines import create_engine
 from gwp_edge.errors import GwpError, SpecError
-from gwp_edge.preflight import check_golden
+from gwp_edge.preflight import check_golden, check_loaded
 from gwp_edge.preflight_machine import check_buses, check_pictures
 from gwp_edge.robot_config import RobotConfig
 from gwp_edge.robots import load_robot, read_robot_file
 from gwp_edge.spec import PolicySpec
+from gwp_edge.telemetry import CheckResult as Line
+
+_FIXES: Final = {"golden": "do not run it here; see gwp-edge verify"}
 
 
 def check_bundle(path: Path, *, engine: str = "ort", provider: str = "cpu") -> list[CheckResult]:
-    """Check every file's hash, that the engine is there, and that it reproduces the golden run.
+    """Check files, engine, calibration and golden run, by the lines of a run's preflight.
 
     Args:
         path: bundle folder.
@@ -30,19 +34,24 @@ def check_bundle(path: Path, *, engine: str = "ort", provider: str = "cpu") -> l
         bundle = Bundle.open(path)
     except GwpError as e:
         return failed("bundle", str(e), "copy the bundle again, or export it anew")
-    results = passed("bundle", f"every file of {path} has its hash")
+    loaded_with = {"path": path, "engine": engine, "provider": provider}
+    lines = [_result(line) for line in check_loaded(loaded_with)]
     try:
         policy = BundlePolicy(bundle, create_engine(engine, bundle, provider=provider))
     except GwpError as e:
-        return [*results, *failed("engine", str(e), "name another one by --engine or --provider")]
-    results += passed("engine", f"{engine} on {provider}" if engine == "ort" else engine)
+        (gone,) = failed("engine", str(e), "name another one by --engine or --provider")
+        return [gone if line.name == "engine" else line for line in lines]
     try:
         golden = check_golden(policy)
     finally:
         policy.close()
-    if golden.passed:
-        return results + passed("golden", golden.detail)
-    return results + failed("golden", golden.detail, "do not run it here; see gwp-edge verify")
+    return [*lines, _result(golden)]
+
+
+def _result(line: Line) -> CheckResult:
+    status: Status = "pass" if line.passed else "fail"
+    fix = "" if line.passed else _FIXES.get(line.name, "")
+    return CheckResult(name=line.name, status=status, detail=line.detail, fix=fix)
 
 
 def check_robot(

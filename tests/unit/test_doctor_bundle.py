@@ -1,9 +1,11 @@
 """What the doctor says of a bundle and a robot file: the run's own checks, without an arm."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from gwp_edge import preflight
 from gwp_edge.doctor.bundle import check_bundle, check_robot
 from gwp_edge.doctor.system import CheckResult, LocalSystem
 from gwp_edge.testing import make_spec
@@ -40,7 +42,7 @@ def of(results):
 def test_bundle_passes_and_a_damaged_one_fails_with_its_file(exported, tmp_path):
     whole = of(check_bundle(exported("gwp05")))
     assert {name: r.status for name, r in whole.items()} == {
-        "bundle": "pass", "engine": "pass", "golden": "pass",
+        "bundle": "pass", "engine": "pass", "calibration": "pass", "golden": "pass",
     }  # fmt: skip
     damaged = tmp_path / "damaged.gwp"
     shutil.copytree(exported("gwp05"), damaged)
@@ -60,6 +62,23 @@ def test_bundle_on_an_engine_that_is_not_there_fails(exported):
     assert results["bundle"].status == "pass"
     assert results["engine"].status == "fail"
     assert "golden" not in results
+
+
+@pytest.mark.export
+def test_bundle_that_a_run_refuses_for_its_calibration_fails_here_too(exported, monkeypatch):
+    """Doctor passed it, and the run's preflight then refused it."""
+    invented = SimpleNamespace(is_synthetic=True, n_samples=64, dataset="noise")
+    monkeypatch.setattr(
+        preflight, "read_manifest", lambda path: SimpleNamespace(calibration=invented)
+    )
+    path = exported("gwp05")
+    results = of(check_bundle(path))
+    assert results["calibration"].status == "fail"
+    assert "SYNTHETIC" in results["calibration"].detail
+    lines = preflight.check_loaded({"path": path, "engine": "ort", "provider": "cpu"})
+    assert [(r.name, r.detail) for r in list(results.values())[:-1]] == [
+        (line.name, line.detail) for line in lines
+    ]
 
 
 def test_missing_bundle_fails(tmp_path):
