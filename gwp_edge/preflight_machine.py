@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +35,8 @@ def check_machine(
         return ()
     system = LocalSystem() if system is None else system
     now_s = time.time() if now_s is None else now_s
-    return (*check_buses(robot, system), *check_pictures(robot, now_s), *check_clocks(system))
+    of_robot = (*check_buses(robot, system), *check_pictures(robot, now_s))
+    return (*map(_line, of_robot), *check_clocks(system))
 
 
 def can_interfaces(robot: RobotConfig) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ def can_interfaces(robot: RobotConfig) -> tuple[str, ...]:
     return tuple(n for n in names if isinstance(n, str) and n and ":" not in n)
 
 
-def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
+def check_buses(robot: RobotConfig, system: System) -> tuple[Finding, ...]:
     """Check controller state, bit rate, queue and error counters of every bus of the robot."""
     names = can_interfaces(robot)
     if not names:
@@ -58,16 +60,16 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[CheckResult, ...]:
     for name in names:
         finding = found.get(f"can {name}")
         if finding is not None:
-            lines.append(_line(finding))
+            lines.append(finding)
         elif general and _is_missing(name, system):
             detail = f"there is no network interface {name}; {general[0].detail}"
-            lines.append(CheckResult(name=f"can {name}", passed=False, detail=detail))
+            lines.append(Finding(name=f"can {name}", status="fail", detail=detail))
         elif general:
-            lines.append(_line(general[0], name=f"can {name}"))
+            lines.append(replace(general[0], name=f"can {name}"))
         else:
             have = ", ".join(n.removeprefix("can ") for n in found)
             detail = f"there is no such interface; there are {have}"
-            lines.append(CheckResult(name=f"can {name}", passed=False, detail=detail))
+            lines.append(Finding(name=f"can {name}", status="fail", detail=detail))
     return tuple(lines)
 
 
@@ -77,18 +79,15 @@ def _is_missing(interface: str, system: System) -> bool:
     return bool(listed) and f"/sys/class/net/{interface}" not in listed
 
 
-def check_pictures(robot: RobotConfig, now_s: float) -> tuple[CheckResult, ...]:
+def check_pictures(robot: RobotConfig, now_s: float) -> tuple[Finding, ...]:
     """Check how old the pictures are by which a person told the cameras apart."""
-    named = [camera for camera in robot.cameras if camera.picture is not None]
-    if not named:
-        if not any(camera.kind == "realsense" for camera in robot.cameras):
-            return ()
-        detail = "the robot file names none; gwp-edge cameras --write makes one that does"
-        return (CheckResult(name="camera pictures", passed=True, detail=detail),)
+    name = "camera pictures"
     parts: list[str] = []
     problems: list[str] = []
-    for camera in named:
-        path = Path(camera.picture or "")
+    for camera in robot.cameras:
+        if camera.picture is None:
+            continue
+        path = Path(camera.picture)
         try:
             age_s = now_s - path.stat().st_mtime
         except OSError as e:
@@ -97,12 +96,16 @@ def check_pictures(robot: RobotConfig, now_s: float) -> tuple[CheckResult, ...]:
         text = f"{camera.role} {max(0.0, age_s) / 86400.0:.1f} days old"
         (problems if age_s > PICTURE_AGE_MAX_S else parts).append(text)
     if problems:
-        detail = (
-            f"{'; '.join(problems)}: look whether each camera is still who it was, and take new "
-            "ones with gwp-edge cameras"
+        fix = "look whether each camera is still who it was, take new ones with gwp-edge cameras"
+        return (Finding(name=name, status="fail", detail="; ".join(problems), fix=fix),)
+    bare = [c.role for c in robot.cameras if c.kind == "realsense" and c.picture is None]
+    if bare:
+        detail = f"none of {', '.join(bare)}: nobody has looked which camera is which"
+        fix = (
+            "gwp-edge cameras --write robot.toml takes them and makes a robot file that names them"
         )
-        return (CheckResult(name="camera pictures", passed=False, detail=detail),)
-    return (CheckResult(name="camera pictures", passed=True, detail=", ".join(parts)),)
+        return (Finding(name=name, status="warn", detail=detail, fix=fix),)
+    return (Finding(name=name, status="pass", detail=", ".join(parts)),) if parts else ()
 
 
 def check_clocks(system: System) -> tuple[CheckResult, ...]:
@@ -116,13 +119,9 @@ def check_clocks(system: System) -> tuple[CheckResult, ...]:
     return tuple(_line(f) for f in findings if f.status != "skip")
 
 
-def _line(finding: Finding, *, name: str | None = None) -> CheckResult:
+def _line(finding: Finding) -> CheckResult:
     """Return a finding as a preflight line: a warning costs margin and passes, but is said."""
     detail = f"{finding.detail}: {finding.fix}" if finding.fix else finding.detail
     if finding.status == "warn":
         detail = f"warning: {detail}"
-    return CheckResult(
-        name=finding.name if name is None else name,
-        passed=finding.status != "fail",
-        detail=detail,
-    )
+    return CheckResult(name=finding.name, passed=finding.status != "fail", detail=detail)

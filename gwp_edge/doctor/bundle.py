@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -72,10 +73,8 @@ def check_robot(
         return failed("robot", str(e), "correct the robot file, or name another --robot")
     results = passed("robot", f"{robot.name}: {robot.arm.kind} arm, {len(robot.cameras)} cameras")
     results += _check_serials(robot, found)
-    for line in (*check_buses(robot, system), *check_pictures(robot, now_s)):
-        status: Status = "pass" if line.passed else "fail"
-        results.append(CheckResult(name=f"robot: {line.name}", status=status, detail=line.detail))
-    return results
+    findings = (*check_buses(robot, system), *check_pictures(robot, now_s))
+    return [*results, *(replace(f, name=f"robot: {f.name}") for f in findings)]
 
 
 def _read(name: str, spec: PolicySpec | None) -> RobotConfig:

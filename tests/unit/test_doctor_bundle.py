@@ -94,6 +94,13 @@ def test_robot_file_is_held_to_buses_cameras_and_pictures(tmp_path):
     assert results["robot: camera pictures"].status == "fail"  # there is no 1.png
 
 
+def test_robot_file_without_pictures_is_a_warning_with_its_fix(tmp_path):
+    path = robot_file(tmp_path, FILE.replace('picture = "1.png"\n', ""))
+    result = of(check_robot(path, None, LocalSystem(), ATTACHED, NOW_S))["robot: camera pictures"]
+    assert result.status == "warn"
+    assert "gwp-edge cameras --write" in result.fix
+
+
 def test_camera_that_is_not_attached_or_not_named_fails(tmp_path):
     path = robot_file(tmp_path)
     missing = of(check_robot(path, None, LocalSystem(), [], NOW_S))["robot: cam_high"]

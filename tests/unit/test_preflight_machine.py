@@ -51,7 +51,7 @@ def test_answer_that_nobody_foresaw_is_said_and_ends_nothing(tmp_path):
         "orin-nx-jetpack6-maxn", commands={CAN_COMMAND: Output(exit_code=0, stdout="[{]")}
     )
     (line,) = check_buses(robot(tmp_path), broken)
-    assert not line.passed  # the kernel's list of interfaces has none either
+    assert line.status == "fail"  # the kernel's list of interfaces has none either
     assert "could not be judged" in line.detail
 
 
@@ -62,37 +62,37 @@ def test_channel_that_is_no_interface_has_no_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "passed", "words"),
+    ("changes", "status", "words"),
     [
-        ({}, True, "up, 1000000 bit/s"),
-        ({"state": "BUS-OFF"}, False, "BUS-OFF"),
-        ({"berr_counter": {"tx": 0, "rx": 135}}, True, "warning: since start: rx errors 135"),
+        ({}, "pass", "up, 1000000 bit/s"),
+        ({"state": "BUS-OFF"}, "fail", "BUS-OFF"),
+        ({"berr_counter": {"tx": 0, "rx": 135}}, "warn", "since start: rx errors 135"),
     ],
 )
-def test_bus_of_the_robot_is_judged_with_its_counters(tmp_path, changes, passed, words):
+def test_bus_of_the_robot_is_judged_with_its_counters(tmp_path, changes, status, words):
     links = (can_link(ifname="can0", **changes), can_link(ifname="other", state="BUS-OFF"))
     (line,) = check_buses(robot(tmp_path), machine(*links))
-    assert (line.name, line.passed) == ("can can0", passed)
+    assert (line.name, line.status) == ("can can0", status)
     assert words in line.detail
 
 
 def test_bus_that_is_not_there_fails_and_lists_what_is(tmp_path):
     (line,) = check_buses(robot(tmp_path), machine(can_link(ifname="can7")))
-    assert not line.passed
+    assert line.status == "fail"
     assert "can7" in line.detail
 
 
 def test_machine_without_the_tool_to_look_says_so(tmp_path):
     system = RecordedSystem("x86-debian12", commands={CAN_COMMAND: None})
     (line,) = check_buses(robot(tmp_path), system)
-    assert line.passed
+    assert line.status == "skip"
     assert "iproute2" in line.detail
 
 
 def test_bus_of_a_machine_without_any_can_fails(tmp_path):
     """It passed as something that this machine does not tell, and the run failed later."""
     (line,) = check_buses(robot(tmp_path, arm='can = "can_nowhere"'), LocalSystem())
-    assert not line.passed
+    assert line.status == "fail"
     assert "no network interface can_nowhere" in line.detail
 
 
@@ -101,23 +101,40 @@ def test_pictures_are_told_by_age(tmp_path):
     (tmp_path / "pictures").mkdir()
     picture = tmp_path / "pictures" / "1.png"
     (line,) = check_pictures(config, NOW_S)
-    assert not line.passed
+    assert line.status == "fail"
     assert "No such file" in line.detail
     picture.write_bytes(b"")
     os.utime(picture, (NOW_S - 86400.0, NOW_S - 86400.0))
     (line,) = check_pictures(config, NOW_S)
-    assert (line.passed, line.detail) == (True, "cam_high 1.0 days old")
+    assert (line.status, line.detail) == ("pass", "cam_high 1.0 days old")
     os.utime(picture, (NOW_S, NOW_S - PICTURE_AGE_MAX_S - 1.0))
     (line,) = check_pictures(config, NOW_S)
-    assert not line.passed
-    assert "gwp-edge cameras" in line.detail
+    assert line.status == "fail"
+    assert "gwp-edge cameras" in line.fix
 
 
-def test_cameras_without_pictures_are_advised_and_others_are_not(tmp_path):
-    (line,) = check_pictures(built_in_robot("piper", make_spec()), NOW_S)
-    assert line.passed
-    assert "gwp-edge cameras --write" in line.detail
+def test_cameras_without_pictures_are_a_warning_and_others_are_not(tmp_path):
+    """It was a pass, so a run whose cameras nobody had looked at began without a word."""
+    bare = built_in_robot("piper", make_spec())
+    (finding,) = check_pictures(bare, NOW_S)
+    assert (finding.name, finding.status) == ("camera pictures", "warn")
+    assert "gwp-edge cameras --write" in finding.fix
     assert check_pictures(robot(tmp_path), NOW_S) == ()
+    lines = {line.name: line for line in check_machine(bare, system=machine(), now_s=NOW_S)}
+    said = lines["camera pictures"]
+    assert said.passed
+    assert said.detail.startswith("warning: ")
+    assert "gwp-edge cameras --write" in said.detail
+
+
+def test_one_camera_of_several_without_a_picture_is_a_warning_that_names_it(tmp_path):
+    (tmp_path / "1.png").write_bytes(b"")
+    os.utime(tmp_path / "1.png", (NOW_S, NOW_S))
+    other = '[[cameras]]\nrole = "cam_left_wrist"\nkind = "realsense"\n'
+    (finding,) = check_pictures(robot(tmp_path, cameras=camera("cam_high", "1.png") + other), NOW_S)
+    assert finding.status == "warn"
+    assert "cam_left_wrist" in finding.detail
+    assert "cam_high" not in finding.detail
 
 
 def test_clocks_are_told_where_they_are_known():
