@@ -1,11 +1,17 @@
-"""Is a CAN network interface there, up, and set to the right bitrate; and what to do if not."""
+"""Is a CAN network interface there, up, set to the right bitrate and ours alone; and what to do.
+
+Who else receives from an interface is read in the format of the kernel's net/can/proc.c; not yet
+run on hardware.
+"""
 
 from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,6 +23,27 @@ logger = logging.getLogger(__name__)
 _IFF_UP = 1
 _ARPHRD_CAN = 280
 _IP_PATIENCE_S = 2.0
+
+
+#: Where the kernel lists the filters of every CAN socket, by kind of filter.
+RECEIVE_LISTS = tuple(
+    f"/proc/net/can/rcvlist_{kind}" for kind in ("all", "fil", "inv", "sff", "eff", "err")
+)
+_ANY_INTERFACE = "any"
+
+
+class Receiver(NamedTuple):
+    """One filter of one CAN socket.
+
+    Attributes:
+        interface: its name; ``any`` for a socket that hears all of them.
+        row: identifier and mask as the kernel keeps them.
+        owner: an opaque name of the socket; empty where the kernel hides it.
+    """
+
+    interface: str
+    row: tuple[int, int]
+    owner: str
 
 
 class _BitTiming(msgspec.Struct):
@@ -112,3 +139,50 @@ def check_interface(
             f"CAN interface {name} is bus-off: check cable and termination (120 ohm at both "
             f"ends), then {bring_up_commands(name)}"
         )
+
+
+def parse_receivers(text: str) -> list[Receiver]:
+    """Return the filters in one of ``RECEIVE_LISTS``; what is no row of its table is left out.
+
+    The columns are device, can_id, can_mask, function, userdata, matches and ident; newer kernels
+    may put more before the last three.
+
+    Source: Linux, net/can/proc.c, ``can_print_rcvlist`` (commit 0dd66f13f53e).
+    """
+    receivers = []
+    for line in text.splitlines():
+        columns = line.split()
+        try:
+            interface, can_id, mask, *_, owner, _matches, _ident = columns
+            row, is_hidden = (int(can_id, 16), int(mask, 16)), int(owner, 16) == 0
+        except ValueError:
+            continue
+        receivers.append(Receiver(interface, row, "" if is_hidden else owner))
+    return receivers
+
+
+def count_others(name: str, receivers: Iterable[Receiver], own: frozenset[tuple[int, int]]) -> int:
+    """Return how many sockets beside our driver's receive from the interface ``name``.
+
+    Such a socket may belong to a program that drives the arm. One that was opened without
+    loopback, as piper-sdk 0.6.2 opens its, sends commands that no other socket of this machine is
+    shown: this list alone gives it away. A socket that receives nothing is in no list.
+
+    Args:
+        name: of the interface.
+        receivers: of all lists.
+        own: rows of a socket of ours, see ``piper_can.filter_rows``. Whoever has exactly these is
+            gwp-edge, whose commands are looped back and seen.
+
+    Returns:
+        The number; at least so many where the kernel does not name the sockets.
+    """
+    rows_of: defaultdict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
+    for receiver in receivers:
+        if receiver.interface in (name, _ANY_INTERFACE):
+            rows_of[receiver.owner][receiver.row] += 1
+    unnamed = rows_of.pop("", Counter[tuple[int, int]]())
+    n_ours = min((unnamed[row] for row in own), default=0)
+    unnamed.subtract(dict.fromkeys(own, n_ours))
+    n_named = sum(1 for rows in rows_of.values() if frozenset(rows) != own)
+    return n_named + max(unnamed.values(), default=0)

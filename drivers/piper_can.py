@@ -45,6 +45,7 @@ UNIX_FRAME = Struct("=IB3x8sq")
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
 CAN_RTR_FLAG = 0x40000000
+_DATA_MASK = CAN_SFF_MASK | CAN_EFF_FLAG | CAN_RTR_FLAG
 # linux/can.h and linux/can/raw.h; not every Python names all of them.
 AF_CAN, CAN_RAW = 29, 1
 SOL_CAN_RAW, CAN_RAW_FILTER, CAN_RAW_ERR_FILTER = 101, 1, 2
@@ -134,8 +135,12 @@ class RealtimeOffset:
 
 def pack_filters(can_ids: Sequence[int]) -> bytes:
     """Return the value of CAN_RAW_FILTER that passes exactly these 11-bit data frames."""
-    mask = CAN_SFF_MASK | CAN_EFF_FLAG | CAN_RTR_FLAG
-    return b"".join(CAN_FILTER.pack(can_id, mask) for can_id in can_ids)
+    return b"".join(CAN_FILTER.pack(can_id, _DATA_MASK) for can_id in can_ids)
+
+
+def filter_rows(can_ids: Sequence[int]) -> frozenset[tuple[int, int]]:
+    """Return (identifier, mask) of every filter of a ``SocketCan``, as the kernel lists them."""
+    return frozenset({(0, _ERROR_MASK), *((can_id, _DATA_MASK) for can_id in can_ids)})
 
 
 def _gone(name: str, e: OSError) -> DeviceError:

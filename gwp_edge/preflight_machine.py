@@ -50,11 +50,11 @@ def can_interfaces(robot: RobotConfig) -> tuple[str, ...]:
 
 
 def check_buses(robot: RobotConfig, system: System) -> tuple[Finding, ...]:
-    """Check controller state, bit rate, queue and error counters of every bus of the robot."""
+    """Check state, queue, error counters and other receivers of every bus of the robot."""
     names = can_interfaces(robot)
     if not names:
         return ()
-    found = {f.name: f for f in judge("can", devices.check_can, system)}
+    found = {f.name: f for f in judge("can", devices.check_links, system)}
     general = [f for name, f in found.items() if name == "can"]
     lines = []
     for name in names:
@@ -70,6 +70,10 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[Finding, ...]:
             have = ", ".join(n.removeprefix("can ") for n in found)
             detail = f"there is no such interface; there are {have}"
             lines.append(Finding(name=f"can {name}", status="fail", detail=detail))
+    present = [name for name in names if f"can {name}" in found]
+    # The vendor's library opens sockets like anybody's, and perhaps has by now.
+    if robot.arm.options.get("driver") != "piper-sdk":
+        lines += judge("can receivers", lambda s: devices.check_receivers(s, present), system)
     return tuple(lines)
 
 

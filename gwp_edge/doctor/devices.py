@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from gwp_edge.doctor.system import (
@@ -10,6 +12,7 @@ from gwp_edge.doctor.system import (
     System,
     failed,
     is_jetson,
+    passed,
     skipped,
     warned,
 )
@@ -70,6 +73,13 @@ class _Cameras(msgspec.Struct):
 
 
 def check_can(system: System) -> list[CheckResult]:
+    """Judge every CAN interface and who else receives from it; without any, say why."""
+    links = check_links(system)
+    names = [link.name.removeprefix("can ") for link in links if link.name != "can"]
+    return [*links, *check_receivers(system, names)]
+
+
+def check_links(system: System) -> list[CheckResult]:
     """Judge every CAN interface; without any, say why there is none."""
     answer = system.run("ip", "-details", "-statistics", "-json", "link", "show", "type", "can")
     if answer is None:
@@ -82,6 +92,39 @@ def check_can(system: System) -> list[CheckResult]:
     if not named:
         return _explain_no_can(system)
     return [_judge_link(system, link) for link in named]
+
+
+def check_receivers(system: System, interfaces: Sequence[str]) -> list[CheckResult]:
+    """Tell whether others receive from each interface; nothing where the kernel does not say.
+
+    Not yet run on hardware.
+    """
+    # A run's own driver may be opening its socket between two of the lists, which then shows half
+    # of it; another program is there at the second look as well.
+    looks = [_count_others(system, interfaces) for _ in range(2)]
+    results: list[CheckResult] = []
+    for interface in interfaces if all(looks) else ():
+        name = f"can {interface} receivers"
+        n_others = min(look[interface] for look in looks)
+        if n_others == 0:
+            results += passed(name, "no other program receives from this interface")
+            continue
+        fix = "stop other programs that drive the arm: their commands may be invisible here"
+        plural = "receiver" if n_others == 1 else "receivers"
+        results += warned(name, f"{n_others} other {plural} on this interface", fix)
+    return results
+
+
+def _count_others(system: System, interfaces: Sequence[str]) -> dict[str, int]:
+    """Return how many others receive from each interface; empty where the kernel does not say."""
+    from gwp_edge.drivers import can_interface, piper_can, piper_link
+
+    texts = [system.read(path) or "" for path in can_interface.RECEIVE_LISTS]
+    if not any(text.lstrip().startswith("receive list") for text in texts):
+        return {}
+    receivers = [r for text in texts for r in can_interface.parse_receivers(text)]
+    own = piper_can.filter_rows(piper_link.RECEIVED_IDS)
+    return {name: can_interface.count_others(name, receivers, own) for name in interfaces}
 
 
 def check_cameras(system: System) -> list[CheckResult]:

@@ -413,6 +413,15 @@ def test_can_of_the_jetson_itself_is_a_warning():
     assert "mttcan" in result.detail
 
 
+def test_can_other_receivers_are_a_warning_and_an_absent_list_says_nothing():
+    row = "   can_left  123  00000123  00000000cb627637  0000000000000a01  9  raw"
+    files = {"/proc/net/can/rcvlist_fil": f"receive list 'rx_fil':\n{row}"}
+    _, result = judge_can(can_link(), files=files)
+    assert (result.name, result.status) == ("can can_left receivers", "warn")
+    assert "1 other receiver" in result.detail
+    assert len(judge_can(can_link())) == 1
+
+
 def test_can_adapter_with_driver_but_no_interface_fails():
     files = {
         "/sys/bus/usb/devices/1-2.1/idVendor": "1d50",

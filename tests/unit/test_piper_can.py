@@ -11,9 +11,16 @@ import uuid
 import pytest
 
 from gwp_edge.drivers import piper_can, piper_codec
-from gwp_edge.drivers.can_interface import ask_ip, check_interface, parse_link
+from gwp_edge.drivers.can_interface import (
+    ask_ip,
+    check_interface,
+    count_others,
+    parse_link,
+    parse_receivers,
+)
 from gwp_edge.drivers.piper_can import (
     AF_CAN,
+    CAN_FILTER,
     CAN_FRAME,
     CAN_RAW,
     CAN_RAW_ERR_FILTER,
@@ -25,6 +32,7 @@ from gwp_edge.drivers.piper_can import (
     SocketCan,
     UnixCan,
     VirtualCan,
+    filter_rows,
     open_transport,
     pack_filters,
 )
@@ -482,3 +490,103 @@ def test_socketcan_kernel_without_can_says_so(monkeypatch):
     monkeypatch.setattr(piper_can, "check_interface", lambda _name: None)
     with pytest.raises(DeviceError, match="this kernel has no CAN sockets"):
         SocketCan("can0", RECEIVED_IDS)
+
+
+# --- who else receives ---
+
+OWN = filter_rows(RECEIVED_IDS)
+HIDDEN = "0" * 16
+
+
+def receive_list(kind, rows, *, banner=None):
+    """Return a list as the kernel prints it: rows of (device, id, mask, userdata, matches)."""
+    head = (
+        banner
+        or "  device   can_id   can_mask      function          userdata       matches  ident"
+    )
+    lines = [f"receive list 'rx_{kind}':", "  (any: no entry)"]
+    if rows:
+        lines.append(head)
+    for device, can_id, mask, owner, matches in rows:
+        number = f"{can_id:08x}  " if can_id & 0x80000000 else f"   {can_id:03x}    "
+        own = "   *  " if banner else ""
+        lines.append(
+            f"   {device:<5}  {number}{mask:08x}{own}  00000000cb627637  {owner}  {matches:8}  raw"
+        )
+    return "\n" + "\n".join([*lines, "  (can9: no entry)", "", ""])
+
+
+def of_driver(device, owner):
+    return [(device, can_id, mask, owner, 12) for can_id, mask in sorted(OWN)]
+
+
+def of_program(device, owner):
+    """Return what python-can registers: no filter, and all error frames."""
+    return [(device, 0, 0, owner, 4711), (device, 0, 0x1FFFFFFF, owner, 0)]
+
+
+def others(name, *rows, **layout):
+    text = receive_list("all", [row for some in rows for row in some], **layout)
+    return count_others(name, parse_receivers(text), OWN)
+
+
+def test_parse_receivers_table_of_the_kernels_documentation():
+    text = """
+receive list 'rx_all':
+  (vcan3: no entry)
+  (vcan2: no entry)
+  (vcan1: no entry)
+  device   can_id   can_mask  function  userdata   matches  ident
+   vcan0     000    00000000  f88e6370  f6c6f400         0  raw
+  (any: no entry)
+"""
+    (receiver,) = parse_receivers(text)
+    assert receiver == ("vcan0", (0, 0), "f6c6f400")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "receive list 'rx_all':\n  (any: no entry)\n", "a b c d"]
+)
+def test_parse_receivers_of_nobody_is_empty(text):
+    assert parse_receivers(text) == []
+
+
+def test_others_of_an_interface_that_only_our_driver_has_are_none():
+    ours = of_driver("can_left", "00000000afdf543a"), of_driver("can_left", "0000000020f218f6")
+    assert others("can_left", *ours) == 0
+    assert others("can_left") == 0
+
+
+@pytest.mark.parametrize("banner", [None, "  device   can_id   can_mask  own      function  ..."])
+def test_others_are_counted_by_socket_beside_ours(banner):
+    """The vendor's library sends with loopback off: its commands reach no socket of the host."""
+    rows = (
+        of_driver("can_left", "00000000afdf543a"),
+        of_program("can_left", "0000000000000a01"),  # it sends by one socket
+        of_program("can_left", "0000000000000a02"),  # and receives by another
+        of_program("can_right", "0000000000000a03"),
+    )
+    assert others("can_left", *rows, banner=banner) == 2
+    assert others("can_right", *rows, banner=banner) == 1
+
+
+def test_other_that_hears_every_interface_counts_on_each():
+    assert others("can_left", of_program("any", "0000000000000a01")) == 1
+
+
+def test_other_with_some_of_our_filters_is_no_driver_of_ours():
+    some = of_driver("can_left", "0000000000000a01")[:3]
+    assert others("can_left", some) == 1
+
+
+def test_others_whose_sockets_the_kernel_hides_are_at_least_so_many():
+    ours = of_driver("can_left", HIDDEN), of_driver("can_left", HIDDEN)
+    assert others("can_left", *ours) == 0
+    program = of_program("can_left", HIDDEN)
+    assert others("can_left", *ours, program, program) == 2
+    assert others("can_left", *ours, of_driver("can_left", HIDDEN)[:3]) == 1
+
+
+def test_filter_rows_are_those_that_a_driver_sets():
+    filters = {CAN_FILTER.unpack(pack_filters([i])) for i in RECEIVED_IDS}
+    assert filters | {(0, 0x16D)} == OWN

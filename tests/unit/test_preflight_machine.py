@@ -70,10 +70,55 @@ def test_channel_that_is_no_interface_has_no_line(tmp_path):
     ],
 )
 def test_bus_of_the_robot_is_judged_with_its_counters(tmp_path, changes, status, words):
-    links = (can_link(ifname="can0", **changes), can_link(ifname="other", state="BUS-OFF"))
-    (line,) = check_buses(robot(tmp_path), machine(*links))
-    assert (line.name, line.status) == ("can can0", status)
+    links = (can_link(ifname="can_a", **changes), can_link(ifname="other", state="BUS-OFF"))
+    (line,) = check_buses(robot(tmp_path, arm='can = "can_a"'), machine(*links))
+    assert (line.name, line.status) == ("can can_a", status)
     assert words in line.detail
+
+
+SEEN = "   can0      000    00000000  00000000cb627637  0000000000000a01      4711  raw"
+NOBODY = "receive list 'rx_all':\n  (any: no entry)\n  (can0: no entry)"
+
+
+def listed(text):
+    system = machine(can_link(ifname="can0"))
+    system._files = {} if text is None else {"/proc/net/can/rcvlist_all": text}
+    return system
+
+
+def test_other_receivers_of_the_robots_bus_are_a_warning(tmp_path):
+    """A program that sends without loopback was invisible: nothing said that it was there."""
+    finding = check_buses(robot(tmp_path), listed(f"receive list 'rx_all':\n{SEEN}"))[1]
+    assert (finding.name, finding.status) == ("can can0 receivers", "warn")
+    assert finding.detail == "1 other receiver on this interface"
+    assert finding.fix.startswith("stop other programs that drive the arm")
+    finding = check_buses(robot(tmp_path), listed(NOBODY))[1]
+    assert (finding.name, finding.status) == ("can can0 receivers", "pass")
+
+
+def test_receivers_are_not_told_where_the_kernel_does_not_or_the_vendors_library_is_one(tmp_path):
+    names = [f.name for f in check_buses(robot(tmp_path), listed(None))]
+    assert names == ["can can0"]
+    vendors = robot(tmp_path, arm='can = "can0"\ndriver = "piper-sdk"')
+    names = [f.name for f in check_buses(vendors, listed(f"receive list 'rx_all':\n{SEEN}"))]
+    assert names == ["can can0"]
+
+
+def test_socket_of_ours_that_is_being_opened_is_no_other_program(tmp_path):
+    """Its filters appear one by one, while the six lists are read one after the other."""
+    system, half = listed(f"receive list 'rx_all':\n{SEEN}"), iter((True, False))
+    read = system.read
+
+    def read_meanwhile(path):
+        text = read(path)
+        return NOBODY if text is not None and "rcvlist" in path and not next(half) else text
+
+    system.read = read_meanwhile
+    assert check_buses(robot(tmp_path), system)[1].status == "pass"
+
+
+def test_receiver_list_of_an_unknown_format_is_not_taken_for_an_empty_one(tmp_path):
+    assert len(check_buses(robot(tmp_path), listed("\0\0 of can0 what?"))) == 1
 
 
 def test_bus_that_is_not_there_fails_and_lists_what_is(tmp_path):
