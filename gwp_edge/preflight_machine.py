@@ -5,6 +5,7 @@ They reuse ``gwp-edge doctor``'s checks. A line exists only where the fact is kn
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from gwp_edge.robot_config import RobotConfig
 from gwp_edge.telemetry import CheckResult
 
 PICTURE_AGE_MAX_S: Final = 30 * 24 * 3600.0
+_KERNEL_NAME: Final = re.compile(r"can\d+")
 _BUS_KEYS: Final = ("can", "left", "right")
 
 
@@ -70,11 +72,25 @@ def check_buses(robot: RobotConfig, system: System) -> tuple[Finding, ...]:
             have = ", ".join(n.removeprefix("can ") for n in found)
             detail = f"there is no such interface; there are {have}"
             lines.append(Finding(name=f"can {name}", status="fail", detail=detail))
+    lines += _check_names(names, len(found) - len(general))
     present = [name for name in names if f"can {name}" in found]
     # The vendor's library opens sockets like anybody's, and perhaps has by now.
     if robot.arm.options.get("driver") != "piper-sdk":
         lines += judge("can receivers", lambda s: devices.check_receivers(s, present), system)
     return tuple(lines)
+
+
+def _check_names(names: Sequence[str], n_interfaces: int) -> list[Finding]:
+    """Warn of names that the kernel gives in the order in which it finds the interfaces."""
+    numbered = [name for name in names if _KERNEL_NAME.fullmatch(name)]
+    if n_interfaces < 2 or not numbered:
+        return []
+    detail = (
+        f"this machine has {n_interfaces} CAN interfaces, and which of them is "
+        f"{' or '.join(numbered)} may change at every start"
+    )
+    fix = "name each by its USB path with udev (docs/jetson.md), and use that in the robot file"
+    return [Finding(name="can names", status="warn", detail=detail, fix=fix)]
 
 
 def _is_missing(interface: str, system: System) -> bool:

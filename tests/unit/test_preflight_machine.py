@@ -121,6 +121,28 @@ def test_receiver_list_of_an_unknown_format_is_not_taken_for_an_empty_one(tmp_pa
     assert len(check_buses(robot(tmp_path), listed("\0\0 of can0 what?"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("arm", "interfaces", "warned"),
+    [
+        ('can = "can0"', ("can0",), False),
+        ('can = "can0"', ("can0", "can1"), True),
+        ('can = "can_left"', ("can_left", "can0"), False),
+        ('left = "can0"\nright = "can1"', ("can0", "can1"), True),
+    ],
+)
+def test_name_by_the_kernel_is_a_warning_where_it_may_be_another_adapter(
+    tmp_path, arm, interfaces, warned
+):
+    """A Jetson's own controller is a CAN interface too: can0 may be that one, or the other arm."""
+    system = machine(*(can_link(ifname=name) for name in interfaces))
+    named = [f for f in check_buses(robot(tmp_path, arm=arm), system) if f.name == "can names"]
+    assert [f.status for f in named] == ["warn"] * warned
+    for finding in named:
+        assert "can0" in finding.detail
+        assert "2 CAN interfaces" in finding.detail
+        assert "robot file" in finding.fix
+
+
 def test_bus_that_is_not_there_fails_and_lists_what_is(tmp_path):
     (line,) = check_buses(robot(tmp_path), machine(can_link(ifname="can7")))
     assert line.status == "fail"
