@@ -43,7 +43,7 @@ from gwp_edge.export.precision import (
 )
 from gwp_edge.export.quantized_linear import weight_bytes
 from gwp_edge.export.recipe_file import read_recipe
-from gwp_edge.export.targets import check_target_precision
+from gwp_edge.export.targets import check_target_precision, with_whole_blocks
 from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.manifest import Calibration, MeasuredError
 from gwp_edge.types import Float32Array
@@ -107,12 +107,21 @@ def quantize(
         base = read_recipe(options.recipe_file, base, tuple(sizes))
         for fmt in sorted({base.of(layer) for layer in sizes} & set(QUANTIZED_FORMATS)):
             check_target_precision(options.target, fmt)
+    widths = {layer: network.weights.shape(f"{layer}.weight")[1] for layer in sizes}
+    whole = with_whole_blocks(base, options.target, widths)
+    n_ragged = len(whole.overrides) - len(base.overrides)
+    base = whole
     if options.budget is not None and options.dataset is None:
         raise SpecError(
             "a budget of action error is measured on held-out episodes: pass --calibration "
             "DATASET, or --no-budget"
         )
     notes: list[str] = []
+    if n_ragged:
+        notes.append(
+            f"{n_ragged} layers stay in {base.rest}: their inputs are not whole int4 blocks of "
+            f"{base.block}"
+        )
     with ExitStack() as stack:
         dataset = None
         if options.dataset is not None:

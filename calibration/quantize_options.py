@@ -8,7 +8,7 @@ from pathlib import Path
 from gwp_edge.calibration.collect import CollectOptions
 from gwp_edge.calibration.sensitivity import Budget
 from gwp_edge.calibration.thresholds import Method
-from gwp_edge.export.precision import Format
+from gwp_edge.export.precision import DEFAULT_INT4_BLOCK, Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,6 @@ class QuantizeOptions:
     collect: CollectOptions = field(default_factory=CollectOptions)
     fixed: frozenset[str] = frozenset()
     rest: Format = "fp32"
-    block: int = 32
+    block: int = DEFAULT_INT4_BLOCK
     allow_synthetic: bool = False
     go_on: bool = False

@@ -21,6 +21,7 @@ from gwp_edge.export.companions import Companions, find_companions, read_statist
 from gwp_edge.export.layout import find_layout
 from gwp_edge.export.ops import WeightSource
 from gwp_edge.export.precision import (
+    DEFAULT_INT4_BLOCK,
     QUANTIZED_FORMATS,
     Format,
     Recipe,
@@ -71,7 +72,7 @@ class ExportOptions:
     smoothing: bool = True
     recipe_file: Path | None = None
     rest: Format | None = None  # None: what suits the target
-    block: int = 32
+    block: int = DEFAULT_INT4_BLOCK
     max_error_rad: float | None = 2e-3
     max_error_m: float | None = 2e-4
     allow_synthetic: bool = False

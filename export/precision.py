@@ -32,6 +32,9 @@ QUANTIZED_FORMATS: tuple[Format, ...] = ("int8", "fp8", "w8", "w4")
 STATIC_FORMATS: tuple[Format, ...] = ("int8", "fp8")
 PRECISIONS: tuple[Format, ...] = FLOAT_FORMATS + QUANTIZED_FORMATS
 INT4_BLOCKS = (32, 64, 128)
+# TensorRT documentation, "Quantization Schemes": INT4 "supported block sizes are {64, 128}".
+TENSORRT_INT4_BLOCKS = (64, 128)
+DEFAULT_INT4_BLOCK = 64
 
 # Small, at the ends of the path, and every error there is an error of the action itself.
 _HIGH = re.compile(r"^(state_encoder|action_encoder|action_decoder)\.")
@@ -100,7 +103,7 @@ class Recipe:
     overrides: Mapping[str, tuple[Format, str]] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     means: Mapping[str, Float32Array] = field(default_factory=dict)
-    block: int = 32
+    block: int = DEFAULT_INT4_BLOCK
 
     def of(self, layer: str) -> Format:
         """Return the format that ``layer`` computes in."""

@@ -4,7 +4,7 @@
 
     default = "int8"
     rest = "fp32"
-    block = 32
+    block = 64
 
     [layers]
     "blocks.*.ffn.net.2" = "fp32"

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gwp_edge.errors import SpecError
-from gwp_edge.export.precision import PRECISIONS, QUANTIZED_FORMATS, Format
+from gwp_edge.export.precision import (
+    PRECISIONS,
+    QUANTIZED_FORMATS,
+    TENSORRT_INT4_BLOCKS,
+    Format,
+    Recipe,
+)
 
 # TensorRT quantizes weights alone for int4 and no other type ("Working with Quantized Types",
 # 10.11): it folds the dequantization of int8 weights into float ones when it builds.
@@ -86,6 +92,45 @@ def check_target_precision(target: str, precision: str) -> None:
             f"--target {target}: not --precision {precision}: {why}; use --precision "
             f"{' or '.join(others)}"
         )
+
+
+def with_whole_blocks(recipe: Recipe, target: str, widths: Mapping[str, int]) -> Recipe:
+    """Return ``recipe`` with int4 only where ``target`` can have it, and the reason elsewhere.
+
+    ONNX lets the last block of a weight be shorter, TensorRT does not.
+
+    Args:
+        recipe: of the export.
+        target: device family.
+        widths: inputs of every layer that can be quantized.
+
+    Raises:
+        SpecError: TensorRT has no blocks of the recipe's size, or the recipe asks by name for int4
+            in a layer that does not divide into them.
+    """
+    layers = [layer for layer in widths if recipe.of(layer) == "w4"]
+    if find_target(target).release is None or not layers:
+        return recipe
+    if recipe.block not in TENSORRT_INT4_BLOCKS:
+        known = " or ".join(map(str, TENSORRT_INT4_BLOCKS))
+        raise SpecError(
+            f"--target {target}: TensorRT has no int4 blocks of {recipe.block}; use --block {known}"
+        )
+    ragged = [layer for layer in layers if widths[layer] % recipe.block]
+    for layer in ragged:
+        if layer in recipe.overrides:
+            raise SpecError(
+                f"--target {target}: {layer} has {widths[layer]} inputs, TensorRT's int4 wants "
+                f"whole blocks of {recipe.block}; give that layer another format in the recipe"
+            )
+    kept = {
+        layer: (
+            recipe.rest,
+            f"{widths[layer]} inputs are not whole blocks of {recipe.block}, as TensorRT takes",
+        )
+        for layer in ragged
+    }
+    return replace(recipe, overrides={**recipe.overrides, **kept})
 
 
 def rest_format(target: str) -> Format:

@@ -11,15 +11,16 @@ Source: TensorRT documentation, "Explicit Quantization", Q/DQ Layer-Placement Re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 import onnx
 
+from gwp_edge.export.precision import TENSORRT_INT4_BLOCKS
 from gwp_edge.export.trt_lint_graph import FLOATS, LintGraph, Problems, attributes_of
 
 PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv"})
-_INT4_BLOCKS: Final = (64, 128)
 
 
 def quantization_rules(graph: LintGraph, node: onnx.NodeProto) -> Problems:
@@ -55,9 +56,24 @@ def quantization_rules(graph: LintGraph, node: onnx.NodeProto) -> Problems:
     if source is not None and source.op_type != "QuantizeLinear":
         yield "error", f"dequantizes the result of {source.op_type}, not of QuantizeLinear"
     if graph.types.get(node.input[0]) == "int4":
-        block = attributes.get("block_size", 0)
-        if block not in _INT4_BLOCKS:
-            yield "note", f"int4 blocks of {block}: fast kernels are known for 64 and 128"
+        yield from _block_rules(shape, scales, attributes)
+
+
+def _block_rules(shape: list[int], scales: list[int], attributes: Mapping[str, int]) -> Problems:
+    """Whole blocks, of a size that TensorRT has: it knows the size by dividing the two shapes."""
+    block, axis = attributes.get("block_size", 0), attributes.get("axis", 1)
+    if block not in TENSORRT_INT4_BLOCKS:
+        known = " or ".join(map(str, TENSORRT_INT4_BLOCKS))
+        yield (
+            "error",
+            f"int4 blocks of {block}, TensorRT has none such; export with --block {known}",
+        )
+    elif len(scales) != len(shape) or shape[axis] != block * scales[axis]:
+        yield (
+            "error",
+            f"int4 weight {shape} with scales {scales} is not in whole blocks of {block} along "
+            f"axis {axis}; keep that layer higher with --recipe",
+        )
 
 
 def _consumer_rules(graph: LintGraph, node: onnx.NodeProto) -> Problems:

@@ -93,8 +93,8 @@ def export(
         ),
     ] = None,
     block: Annotated[
-        int, typer.Option("--block", help="Inputs that share a scale in w4: 32, 64 or 128.")
-    ] = 32,
+        int, typer.Option("--block", help="Inputs that share a scale in w4: 64, 128; 32 on cpu.")
+    ] = 64,
     device: Annotated[
         str | None,
         typer.Option("--device", help="Where torch calibrates: cpu, cuda; a GPU if there is one."),

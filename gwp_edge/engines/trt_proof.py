@@ -21,7 +21,8 @@ from gwp_edge.manifest import Layer, Stage
 
 Outcome = Literal["as asked", "fell back", "not shown"]
 QUANTIZED: Final = frozenset({"int8", "fp8", "w8", "w4"})
-# Weights alone: such a product computes in 16 bits, so only the weights' type tells.
+# Weights alone: such a product computes in the type of its inputs, float32 in our graphs, so only
+# the weights' type tells.
 _WEIGHT_ONLY: Final[Mapping[str, str]] = {"w8": "int8", "w4": "int4"}
 
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")

@@ -20,6 +20,8 @@ from gwp_edge.calibration.record import load_record, save_record  # noqa: E402
 from gwp_edge.errors import BuildError, SpecError  # noqa: E402
 from gwp_edge.export import onnx_recorder  # noqa: E402
 from gwp_edge.export.pipeline import ExportOptions, export_bundle  # noqa: E402
+from gwp_edge.export.targets import find_target  # noqa: E402
+from gwp_edge.export.trt_lint import RELEASES, lint_bundle  # noqa: E402
 from gwp_edge.policy import load  # noqa: E402
 
 pytestmark = pytest.mark.export
@@ -348,6 +350,41 @@ def test_large_network_says_that_ranges_were_not_measured(monkeypatch, tmp_path)
     assert any(
         "ranges are chosen by mse" in n and "too slow" in n for n in manifest.provenance.notes
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("orin", "int8"), ("thor", "fp8"), ("orin", "w4"), ("thor", "w4")]
+)
+def test_export_for_a_jetson_is_clean_for_its_tensorrt(tmp_path, target, precision):
+    """With the target's own defaults; only refusals of a target were tested."""
+    result = export_bundle(options(tmp_path / "a.gwp", precision=precision, target=target))
+    manifest = Bundle.open(result.bundle.root).manifest
+    formats = {(la.stage, la.name): la.format for la in manifest.precision.layers}
+    assert formats["prefill", "blocks.0.visual_expert.ffn.net.2"] == precision
+    assert formats["vision", "encoder.conv_in"] == "fp16"
+    assert manifest.precision.cache == "fp16"
+    assert manifest.golden.checked_with == ("ort cpu",)
+    release = {"orin": "10.3", "thor": "10.13"}[target]
+    assert find_target(target).release == release
+    found = lint_bundle(result.bundle, RELEASES[RELEASES.index(release) :])
+    assert [str(x) for x in found if x.severity == "error"] == []
+
+
+def test_export_for_a_jetson_keeps_layers_that_are_not_whole_int4_blocks_high(tmp_path):
+    given = options(tmp_path / "a.gwp", precision="w4", target="orin")
+    manifest = export_bundle(given).bundle.manifest
+    formats = {la.name: la.format for la in manifest.precision.layers}
+    assert formats["blocks.0.action_expert.ffn.net.2"] == "fp16"
+    assert any("not whole int4 blocks of 64" in note for note in manifest.provenance.notes)
+
+
+def test_export_of_int4_blocks_that_tensorrt_has_not_is_refused_for_gpus_alone(tmp_path):
+    given = options(tmp_path / "a.gwp", precision="w4", block=32, target="orin")
+    with pytest.raises(SpecError, match="--block 64 or 128"):
+        export_bundle(given)
+    assert not (tmp_path / "a.gwp").exists()
+    manifest = export_bundle(dataclasses.replace(given, target="cpu")).bundle.manifest
+    assert "w4" in {la.format for la in manifest.precision.layers}
 
 
 def test_orin_refuses_fp8_before_any_work(tmp_path):

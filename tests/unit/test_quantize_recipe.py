@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,12 @@ from gwp_edge.export.precision import (
     scale_key,
 )
 from gwp_edge.export.recipe_file import read_recipe
-from gwp_edge.export.targets import TARGETS, check_target_precision, rest_format
+from gwp_edge.export.targets import (
+    TARGETS,
+    check_target_precision,
+    rest_format,
+    with_whole_blocks,
+)
 
 pytestmark = pytest.mark.export
 
@@ -143,6 +149,34 @@ def test_gpu_targets_refuse_weights_only_int8_and_say_what_they_have(target):
 def test_orin_takes_int4_weights_as_no_refusal_of_its_parser_is_known():
     for target in ("orin", "thor"):
         check_target_precision(target, "w4")
+
+
+def test_gpu_targets_take_int4_blocks_of_64_and_128_alone():
+    """Blocks of 32, once the default, are none that TensorRT documents."""
+    widths = dict.fromkeys(LAYERS, 256)
+    old = replace(make_recipe("w4"), block=32)
+    with pytest.raises(SpecError, match=r"--target orin.*int4 blocks of 32; use --block 64 or 128"):
+        with_whole_blocks(old, "orin", widths)
+    assert with_whole_blocks(old, "cpu", widths) is old
+    int8 = replace(make_recipe("int8"), block=32)
+    assert with_whole_blocks(int8, "orin", widths) is int8
+    for block in (64, 128):
+        recipe = replace(make_recipe("w4"), block=block)
+        assert with_whole_blocks(recipe, "thor", widths) == recipe
+
+
+def test_layers_that_are_not_whole_int4_blocks_stay_high_on_gpu_targets():
+    widths = dict.fromkeys(LAYERS, 128) | {LAYERS[0]: 96}
+    recipe = replace(make_recipe("w4"), rest="fp16")
+    found = with_whole_blocks(recipe, "orin", widths)
+    assert {layer: found.of(layer) for layer in LAYERS} == {
+        layer: "w4" if layer != LAYERS[0] else "fp16" for layer in LAYERS
+    }
+    assert "96 inputs are not whole blocks of 64" in found.explain(LAYERS[0])[1]
+    assert with_whole_blocks(recipe, "cpu", widths) is recipe
+    asked = replace(recipe, overrides={LAYERS[0]: ("w4", "mine.json: *")})
+    with pytest.raises(SpecError, match=r"96 inputs.*whole blocks of 64; give that layer another"):
+        with_whole_blocks(asked, "orin", widths)
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,29 @@ def test_lint_graphs_of_every_precision_are_clean_for_jetpack_6_and_7(tmp_path, 
 
 def test_lint_int4_above_the_documented_opset_is_noted_for_jetpack_6(tmp_path):
     """Blocked DequantizeLinear is opset 21; 10.3's parser took INT4 and documents opset 20."""
-    old = lint_recorded(tmp_path, ("10.3",), size="gwp05-tiny", precision="w4")
+    old = lint_recorded(tmp_path, ("10.3",), size="gwp05-wide4", precision="w4")
     assert errors(old) == []
     noted = {x.problem for x in old if x.node == "opset"}
     assert noted == {"21, TensorRT 10.3 is documented to read 9 to 20"}
-    new = lint_recorded(tmp_path, ("10.13", "10.16"), size="gwp05-tiny", precision="w4")
+    new = lint_recorded(tmp_path, ("10.13", "10.16"), size="gwp05-wide4", precision="w4")
     assert errors(new) == []
     assert not any(x.node == "opset" for x in new)
+
+
+def test_lint_int4_blocks_that_tensorrt_does_not_have_are_an_error(tmp_path):
+    """The default was 32, of which a note said that fast kernels are known for others."""
+    found = errors(lint_recorded(tmp_path, size="gwp05-wide4", precision="w4", block=32))
+    assert found
+    assert all("int4 blocks of 32" in x and "--block 64 or 128" in x for x in found)
+    for block in (64, 128):
+        wide = lint_recorded(tmp_path, size="gwp05-wide4", precision="w4", block=block)
+        assert errors(wide) == []
+
+
+def test_lint_int4_weight_with_a_shorter_last_block_is_an_error(tmp_path):
+    found = errors(lint_recorded(tmp_path, size="gwp05-tiny", precision="w4"))
+    assert any("[48, 96] with scales [1, 96] is not in whole blocks of 64" in x for x in found)
+    assert not any("net.2" in x and "visual" in x for x in found)  # 192 inputs: three blocks
 
 
 def test_lint_weight_only_int8_is_called_what_it_is(tmp_path):
