@@ -15,8 +15,9 @@ from gwp_edge.doctor.system import (
     skipped,
     warned,
 )
+from gwp_edge.engines.trt_gates import TENSORRT_MAJOR, tensorrt_problem
 
-TENSORRT_MAJOR = 10
+_PIP_FIX = "remove the pip package tensorrt from the venv, use the system's"
 
 
 class _Onnxruntime(msgspec.Struct):
@@ -27,6 +28,7 @@ class _Onnxruntime(msgspec.Struct):
 
 class _Tensorrt(msgspec.Struct):
     version: str = ""
+    own_library: bool = False
     error: str = ""
 
 
@@ -60,7 +62,7 @@ def check_onnxruntime(system: System) -> list[CheckResult]:
 
 
 def check_tensorrt(system: System) -> list[CheckResult]:
-    """TensorRT 10: bindings importable and of the same version as the library."""
+    """TensorRT 10: bindings importable, new enough, of the same version as their library."""
     name = "tensorrt"
     if not has_nvidia_gpu(system):
         return skipped(name, "no NVIDIA GPU here")
@@ -68,27 +70,37 @@ def check_tensorrt(system: System) -> list[CheckResult]:
         fix = "sudo apt-get install python3-libnvinfer; venv made with --system-site-packages"
     else:
         fix = "pip install 'gwp-edge[jetson]'"
-    answer = system.probe(name)
-    if answer is None or not answer.stdout:
+    facts = _tensorrt(system)
+    if facts is None:
         return failed(name, "importing it crashed or took too long", fix)
-    facts = msgspec.json.decode(answer.stdout, type=_Tensorrt)
     if facts.error:
         return failed(name, facts.error, fix)
-    numbers = facts.version.split(".")
-    if numbers[0] != str(TENSORRT_MAJOR):
-        wanted = f"{TENSORRT_MAJOR}.x"
-        return failed(name, f"{facts.version}; expected {wanted}", f"install TensorRT {wanted}")
+    problem = tensorrt_problem(facts.version)
+    if problem is not None:
+        return failed(name, f"{facts.version}; expected {problem[0]}", problem[1])
+    if facts.own_library:
+        detail = f"{facts.version}, library from pip"
+        if not is_jetson(system):
+            return passed(name, detail)
+        return warned(name, f"{detail}, not JetPack's", _PIP_FIX)
     library = _library_version(system)
     if library is None:
         return passed(name, f"{facts.version} (library not from a Debian package)")
     # Debian's version is 10.3.0.30-1+cuda12.5; the bindings say 10.3.0 or 10.3.0.30.
-    if library.split("-")[0].split(".")[:3] != numbers[:3]:
+    if library.split("-")[0].split(".")[:3] != facts.version.split(".")[:3]:
         return failed(
             name,
             f"bindings {facts.version}, library {library}: they must match",
-            "remove the pip package tensorrt from the venv, use the system's",
+            _PIP_FIX,
         )
     return passed(name, f"{facts.version}, library {library}")
+
+
+def _tensorrt(system: System) -> _Tensorrt | None:
+    answer = system.probe("tensorrt")
+    if answer is None or not answer.stdout:
+        return None
+    return msgspec.json.decode(answer.stdout, type=_Tensorrt)
 
 
 def _library_version(system: System) -> str | None:
@@ -114,6 +126,9 @@ def check_pycuda(system: System) -> list[CheckResult]:
     if len(facts.cuda) < 2 or len(facts.capability) != 2:
         return skipped(name, f"{facts.version} answered without CUDA version or capability")
     tensorrt = re.search(r"\+cuda(\d+)\.(\d+)", _library_version(system) or "")
+    bindings = _tensorrt(system)
+    if bindings is not None and bindings.own_library:
+        tensorrt = None  # Debian's package is not what this process loads
     if tensorrt is not None and int(tensorrt[1]) != facts.cuda[0]:
         found = f"CUDA {facts.cuda[0]}.{facts.cuda[1]}, TensorRT CUDA {tensorrt[1]}.{tensorrt[2]}"
         return failed(name, f"PyCUDA is of {found}: one process cannot use both", fix)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+
 from gwp_edge.doctor.system import (
     CheckResult,
     System,
@@ -24,6 +26,10 @@ _LOCK_FIX = "sudo jetson_clocks  (after the power mode; lost at restart)"
 _TRIP_MARGIN_MC = 10_000
 _HOT_WITHOUT_TRIP_MC = 85_000
 _FANS = ("fan",)
+
+
+class _Jtop(msgspec.Struct):
+    error: str = ""
 
 
 def check_power_mode(system: System) -> list[CheckResult]:
@@ -162,16 +168,22 @@ def check_throttling(system: System) -> list[CheckResult]:
 
 
 def check_telemetry(system: System) -> list[CheckResult]:
-    """Tegrastats, from which `profile` takes power, clocks and heat."""
+    """Jetson-stats or tegrastats, from which `profile` takes power, clocks and heat."""
     name = "telemetry"
     if not is_jetson(system):
         return skipped(name, "not a Jetson")
-    jtop = bool(system.glob("/usr/local/bin/jtop") or system.glob("/usr/bin/jtop"))
+    # As a profile opens them: the program alone, without its service or in another environment,
+    # is of no use to it.
+    answer = system.probe("jtop")
+    facts = msgspec.json.decode(answer.stdout, type=_Jtop) if answer and answer.stdout else None
+    found = ["jtop"] if facts is not None and not facts.error else []
     if system.glob("/usr/bin/tegrastats"):
-        return passed(name, "tegrastats" + (" and jtop" if jtop else ""))
+        found.append("tegrastats")
+    if found:
+        return passed(name, " and ".join(found))
     return warned(
         name,
-        "no /usr/bin/tegrastats: profiles will have no power, clocks and heat",
+        "neither jtop nor /usr/bin/tegrastats: profiles will have no power, clocks and heat",
         "sudo apt-get install nvidia-l4t-tools; in a container, mount it from the host",
     )
 

@@ -33,8 +33,10 @@ def probe():
 """,
     "tensorrt": """
 def probe():
+    import sys
     import tensorrt
-    return {"version": tensorrt.__version__}
+    # pip's wheels bring their library in a package that the bindings import where it is.
+    return {"version": tensorrt.__version__, "own_library": "tensorrt_libs" in sys.modules}
 """,
     "pycuda": """
 def probe():
@@ -49,6 +51,14 @@ def probe():
         "device": device.name(),
         "capability": list(device.compute_capability()),
     }
+""",
+    "jtop": """
+def probe():
+    from jtop import jtop
+    client = jtop()
+    client.start()
+    client.close()
+    return {}
 """,
     "realsense": """
 def probe():

@@ -19,6 +19,8 @@ Capability = tuple[int, int]
 _FIRST_CAPABILITY: Final[dict[str, Capability]] = {"bf16": (8, 0), "fp8": (8, 9)}
 _OLDEST: Final[Capability] = (7, 5)
 TENSORRT_MAJOR: Final = 10
+# The oldest that the stubs in typings/ were compared with; pyproject.toml asks pip for it as well.
+TENSORRT_OLDEST: Final = (10, 3)
 # An answer to other noise must be further away than this many tolerances.
 _WRONG_SEED_FACTOR: Final = 2.0
 
@@ -52,16 +54,29 @@ def check_capability(manifest: Manifest, capability: Capability, device: str) ->
             )
 
 
+def tensorrt_problem(version: str) -> tuple[str, str] | None:
+    """Return what is expected instead of ``version`` and how to get it; None where it fits."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if len(numbers) == 2 and numbers[0] == TENSORRT_MAJOR and numbers >= TENSORRT_OLDEST:
+        return None
+    oldest = ".".join(map(str, TENSORRT_OLDEST))
+    return (
+        f"{TENSORRT_MAJOR}.x from {oldest} on",
+        f"install JetPack 6.1 to 7.2 on a Jetson, elsewhere: pip install "
+        f"'tensorrt>={oldest},<{TENSORRT_MAJOR + 1}'",
+    )
+
+
 def check_tensorrt(version: str) -> None:
     """Refuse a TensorRT that this code is not written for.
 
     Raises:
-        BuildError: another major version.
+        BuildError: another major version, or one older than ``TENSORRT_OLDEST``.
     """
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if len(numbers) < 2 or numbers[0] != TENSORRT_MAJOR:
+    problem = tensorrt_problem(version)
+    if problem is not None:
         raise BuildError(
-            f"TensorRT {version} is installed, this gwp-edge is written for {TENSORRT_MAJOR}.x"
+            f"TensorRT {version} is installed, this gwp-edge needs {problem[0]}; {problem[1]}"
         )
 
 

@@ -449,6 +449,86 @@ def test_tensorrt_of_another_major_version_fails():
     assert "expected 10.x" in result.detail
 
 
+def test_tensorrt_older_than_what_the_engine_calls_fails():
+    """10.0 to 10.2 passed, whose contexts take no memory with a size."""
+    probes = {"tensorrt": {"version": "10.2.0.19", "own_library": True}}
+    system = RecordedSystem("x86-debian12", files=NVIDIA, probes=probes)
+    (result,) = engines.check_tensorrt(system)
+    assert result.status == "fail"
+    assert "10.2.0.19; expected 10.x from 10.3 on" in result.detail
+    assert "tensorrt>=10.3,<11" in result.fix
+
+
+NVIDIA = {"/proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module"}
+LIBNVINFER = {
+    ("dpkg-query", "-W", "-f=${Version}", "libnvinfer10"): Output(
+        exit_code=0, stdout="10.3.0.30-1+cuda12.5"
+    )
+}
+
+
+@pytest.mark.parametrize(("own", "status"), [(True, "pass"), (False, "fail")])
+def test_tensorrt_is_compared_with_the_systems_library_only_where_it_loads_that(own, status):
+    """pip's TensorRT beside another one from apt works, and was called a mismatch."""
+    tensorrt = {"version": "10.9.0.34", "own_library": own}
+    cuda = {"version": "2025.1", "cuda": [13, 0, 0], "driver": 13000, "capability": [8, 9]}
+    system = RecordedSystem(
+        "x86-debian12",
+        files=NVIDIA,
+        commands=LIBNVINFER,
+        probes={"tensorrt": tensorrt, "pycuda": cuda},
+    )
+    assert engines.check_tensorrt(system)[0].status == status
+    assert engines.check_pycuda(system)[0].status == status
+
+
+def test_tensorrt_from_pip_on_a_jetson_is_a_warning():
+    probes = {"tensorrt": {"version": "10.3.0", "own_library": True}}
+    (result,) = engines.check_tensorrt(RecordedSystem("orin-nx-jetpack6-maxn", probes=probes))
+    assert result.status == "warn"
+    assert "library from pip" in result.detail
+
+
+@pytest.mark.parametrize("has_library", [True, False])
+def test_tensorrt_probe_tells_whose_library_is_loaded(tmp_path, monkeypatch, has_library):
+    """As the bindings do: they import the package of the library where pip brought one."""
+    text = "__version__ = '10.9'\ntry:\n    import tensorrt_libs\nexcept ImportError:\n    pass\n"
+    (tmp_path / "tensorrt.py").write_text(text)
+    if has_library:
+        (tmp_path / "tensorrt_libs.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    answer = LocalSystem().probe("tensorrt")
+    assert json.loads(answer.stdout) == {"version": "10.9", "own_library": has_library}
+
+
+@pytest.mark.parametrize(
+    ("facts", "tegrastats", "status", "detail"),
+    [
+        ({}, False, "pass", "jtop"),
+        ({}, True, "pass", "jtop and tegrastats"),
+        ({"error": "JtopException: no service"}, True, "pass", "tegrastats"),
+        ({"error": "JtopException: no service"}, False, "warn", "neither jtop nor"),
+        (None, False, "warn", "neither jtop nor"),
+    ],
+)
+def test_telemetry_takes_jetson_stats_where_a_profile_would(
+    monkeypatch, facts, tegrastats, status, detail
+):
+    """With jtop alone doctor promised profiles without power, which they would have had."""
+    system = RecordedSystem("orin-nx-jetpack6-maxn", probes={"jtop": facts})
+    monkeypatch.setattr(system, "glob", lambda pattern: [pattern] if tegrastats else [])
+    (result,) = power.check_telemetry(system)
+    assert result.status == status
+    assert result.detail.startswith(detail)
+
+
+def test_telemetry_probe_fails_where_the_service_does_not_answer(tmp_path, monkeypatch):
+    text = "class jtop:\n    def start(self): raise OSError('no service')\n"
+    (tmp_path / "jtop.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "no service" in json.loads(LocalSystem().probe("jtop").stdout)["error"]
+
+
 @pytest.mark.parametrize(
     ("driver", "status"), [(12060, "pass"), (12080, "pass"), (12020, "warn"), (11040, "fail")]
 )

@@ -16,7 +16,14 @@ from gwp_edge.engines.trt_blame import relative_error
 from gwp_edge.engines.trt_buffers import padded_bytes, stacked
 from gwp_edge.engines.trt_cache import building, clean, engines_root, list_engines
 from gwp_edge.engines.trt_device import board_name
-from gwp_edge.engines.trt_gates import judge_golden, judge_replay, parse_capability
+from gwp_edge.engines.trt_gates import (
+    TENSORRT_MAJOR,
+    TENSORRT_OLDEST,
+    check_tensorrt,
+    judge_golden,
+    judge_replay,
+    parse_capability,
+)
 from gwp_edge.engines.trt_graph import CudaDriver
 from gwp_edge.engines.trt_options import BuildOptions
 from gwp_edge.engines.trt_progress import BuildProgress, run_interruptible
@@ -289,6 +296,28 @@ def test_parse_capability_refuses_words():
     assert parse_capability("11.0") == (11, 0)
     with pytest.raises(SpecError, match="expected two numbers"):
         parse_capability("orin")
+
+
+@pytest.mark.parametrize("version", ["10.2.0.19", "10.0.1", "8.6.2", "11.0.0", "9", "dev"])
+def test_tensorrt_gate_refuses_what_the_code_cannot_call(version):
+    """Only the major version was looked at: 10.0 failed later, at an attribute of an engine."""
+    with pytest.raises(BuildError, match=r"needs 10\.x from 10\.3 on; install JetPack 6\.1") as e:
+        check_tensorrt(version)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("version", ["10.3.0", "10.3.0.30", "10.13.3", "10.16.0"])
+def test_tensorrt_gate_takes_every_supported_release(version):
+    check_tensorrt(version)
+
+
+def test_tensorrt_gate_and_the_extra_ask_for_the_same():
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("needs the checkout's pyproject.toml")
+    text = project.read_text()
+    oldest = ".".join(map(str, TENSORRT_OLDEST))
+    assert f'"tensorrt>={oldest},<{TENSORRT_MAJOR + 1};' in text
 
 
 # -- memory and graphs -----------------------------------------------------------------------------
