@@ -114,7 +114,8 @@ def _run(bundle: Bundle, folder: Path, files: Mapping[Stage, EngineFile]) -> _An
         replays = [(replaying.predict_from_canvas(canvas, state, noise)[1], answer)]
         if bundle.spec.sampler.n_steps > 1:
             replays.append(_replay_warm_start(bundle.spec, engine, canvas, state, noise))
-            # The graphs share contexts: the first must still be right after the second was made.
+            # The graphs share buffers and some contexts: the first must still be right after the
+            # second was made.
             replays.append((replaying.predict_from_canvas(canvas, state, noise)[1], answer))
         laps = []
         for _ in range(_N_TIMED):

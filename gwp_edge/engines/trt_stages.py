@@ -57,6 +57,9 @@ class LoadedStages:
         self._runtime: trt.Runtime = tensorrt.Runtime(self._trt_logger)
         self._contexts: dict[Stage, trt.IExecutionContext] = {}
         self._engines: dict[Stage, trt.ICudaEngine] = {}
+        # A captured graph must not see its context changed, so that each step has one of its own.
+        self._denoisers: dict[tuple[int, int, int], trt.IExecutionContext] = {}
+        self._denoise_addresses: dict[str, int] = {}
         self._fixed: dict[str, int] = {}
         self._prompt: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self._prefix: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
@@ -83,20 +86,24 @@ class LoadedStages:
 
     def _make_contexts(self) -> None:
         """Make the contexts on one scratch memory: stages follow each other on one stream."""
+        n_bytes = max(engine.device_memory_size_v2 for engine in self._engines.values())
+        self._scratch = (self.buffers.device(max(n_bytes, 1)), n_bytes)
+        for stage in self._engines:
+            if stage != "denoise":
+                self._contexts[stage] = self._make_context(stage)
+
+    def _make_context(self, stage: Stage) -> trt.IExecutionContext:
         import tensorrt
 
-        n_bytes = max(engine.device_memory_size_v2 for engine in self._engines.values())
-        scratch = self.buffers.device(max(n_bytes, 1))
         strategy = tensorrt.ExecutionContextAllocationStrategy.USER_MANAGED
-        for stage, engine in self._engines.items():
-            with cuda_errors(f"making the {stage} context"):
-                context = engine.create_execution_context(strategy)
-            if context is None:
-                raise DeviceError(
-                    f"{stage}: no execution context: {last_error(self._trt_logger)}; free memory"
-                )
-            context.set_device_memory(scratch, n_bytes)
-            self._contexts[stage] = context
+        with cuda_errors(f"making a {stage} context"):
+            context = self._engines[stage].create_execution_context(strategy)
+        if context is None:
+            raise DeviceError(
+                f"{stage}: no execution context: {last_error(self._trt_logger)}; free memory"
+            )
+        context.set_device_memory(*self._scratch)
+        return context
 
     def _make_tables(self) -> None:
         """Put everything that follows from the step alone on the device, once."""
@@ -142,7 +149,11 @@ class LoadedStages:
                 if name in _STEPPED:
                     self._check_row(name, shape, dtype)
                     continue
-                self._bind(stage, name, self._place(buffers, name, shape, dtype))
+                address = self._place(buffers, name, shape, dtype)
+                if stage == "denoise":
+                    self._denoise_addresses[name] = address
+                else:
+                    self._bind(self._contexts[stage], stage, name, address)
         # The second half of the pair that denoising steps swap between them.
         x = buffers.host("x")
         self._swap = (buffers.device(x.nbytes), buffers.device(x.nbytes))
@@ -171,8 +182,8 @@ class LoadedStages:
                 f"{self._row_bytes[name]} bytes; export the policy again"
             )
 
-    def _bind(self, stage: Stage, name: str, address: int) -> None:
-        if not self._contexts[stage].set_tensor_address(name, address):
+    def _bind(self, context: trt.IExecutionContext, stage: Stage, name: str, address: int) -> None:
+        if not context.set_tensor_address(name, address):
             raise DeviceError(
                 f"{stage}: TensorRT refuses the address of {name}: {last_error(self._trt_logger)}"
             )
@@ -214,24 +225,38 @@ class LoadedStages:
         self.buffers.host("prefix_gains")[step_idx, : self._spec.n_rows] = gain[:, 0]
 
     def step(self, step_idx: int, source: int, target: int) -> None:
-        """Launch one Euler step from the x at ``source`` to the x at ``target``."""
-        for name in _STEPPED:
-            self._bind("denoise", name, self._steps[name][step_idx])
-        self._bind("denoise", "x", source)
-        self._bind("denoise", "x_next", target)
-        self.enqueue("denoise")
+        """Launch one Euler step from the x at ``source`` to the x at ``target``.
+
+        Each such step has a context of its own, made when it is first launched, whose addresses
+        never change: a graph depends on the state of the contexts that it was captured from. They
+        share weights and scratch memory.
+
+        Source: TensorRT documentation, CUDA graphs: "use one execution context per captured graph".
+        """
+        context = self._denoisers.get((step_idx, source, target))
+        if context is None:
+            context = self._make_context("denoise")
+            rows = {name: self._steps[name][step_idx] for name in _STEPPED}
+            given = {**self._denoise_addresses, **rows, "x": source, "x_next": target}
+            for name, address in given.items():
+                self._bind(context, "denoise", name, address)
+            self._denoisers[step_idx, source, target] = context
+        self._launch(context, "denoise")
 
     def swap(self, step_idx: int) -> int:
         """Return where the x after ``step_idx`` may be kept until the next step has read it."""
         return self._swap[step_idx % 2]
 
     def enqueue(self, stage: Stage) -> None:
-        """Launch one pass of a stage; returns at once.
+        """Launch one pass of vision or prefill; returns at once.
 
         Raises:
             DeviceError: TensorRT refuses.
         """
-        if not self._contexts[stage].execute_async_v3(self._stream.handle):
+        self._launch(self._contexts[stage], stage)
+
+    def _launch(self, context: trt.IExecutionContext, stage: Stage) -> None:
+        if not context.execute_async_v3(self._stream.handle):
             raise DeviceError(
                 f"TensorRT failed in {stage}: {last_error(self._trt_logger)}; restart gwp-edge"
             )
@@ -242,6 +267,7 @@ class LoadedStages:
         Raises:
             DeviceError: the GPU no longer answers.
         """
+        self._denoisers.clear()
         self._contexts.clear()
         self._engines.clear()
         self.buffers.close()

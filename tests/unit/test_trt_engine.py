@@ -149,10 +149,17 @@ def test_engine_of_an_older_layout_is_told_apart_from_none(built):
 def test_engine_stages_share_one_scratch_of_the_largest(built, gpu):
     gpu.calls.clear()
     engine = TrtEngine(built)
-    given = {call for call in gpu.calls if call.startswith("scratch ")}
-    assert len([call for call in gpu.calls if call.startswith("scratch ")]) == 3
-    assert len(given) == 1
-    assert given.pop().endswith(" 5000")
+    engine.set_prompt(built.spec.tasks[0])
+    canvas, state, x, prefix, gain = inputs(built.spec)
+    n_steps = built.spec.sampler.n_steps
+    gains = np.zeros((n_steps, *gain.shape), np.float32)
+    # Each step has a context of its own, as a graph keeps what its contexts were.
+    for first_step, n_contexts in ((0, 2 + n_steps), (0, 2 + n_steps), (1, 3 + n_steps)):
+        engine.chunk(canvas, state, x, prefix, gains, first_step=first_step)
+        made = [call for call in gpu.calls if call.startswith("scratch ")]
+        assert len(made) == n_contexts
+        assert len(set(made)) == 1
+    assert made[0].endswith(" 5000")
     # Any other strategy allocates for each context.
     assert {c for c in gpu.calls if c.startswith("context ")} == {"context USER_MANAGED"}
     engine.close()

@@ -358,7 +358,9 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
     class ExecutionContext:
         def __init__(self, engine, strategy):
+            assert not gpu.captures, "making a context allocates, which a capture forbids"
             self.engine, self.addresses, self.listener = engine, {}, None
+            self.is_captured = False
             gpu.calls.append(f"context {strategy.name}")
             # Without scratch of its own it must be given some before it runs.
             self.scratch = None if strategy is strategies.USER_MANAGED else (0, engine.n_scratch)
@@ -380,6 +382,8 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
 
         def set_tensor_address(self, name, address):
             assert name in self.engine.tensors, name
+            # NVIDIA: a graph depends on the state of the context that it was captured from.
+            assert not self.is_captured, "a context changes after a graph was captured from it"
             assert address % ALIGNMENT == 0, f"{name} is not aligned"
             self.addresses[name] = int(address)
             return True
@@ -391,6 +395,7 @@ def make_tensorrt(gpu: FakeGpu) -> types.ModuleType:
             assert not missing, f"no address for {missing}"
             assert self.scratch is not None, "no device memory was given"
             addresses = dict(self.addresses)
+            self.is_captured |= stream in gpu.captures
             # A kernel may read an input after another has written an output.
             assert len(set(addresses.values())) == len(addresses), "tensors share memory"
             listener = self.listener if self.engine.debug else None
