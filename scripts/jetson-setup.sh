@@ -52,7 +52,8 @@ if [[ -x "$venv/bin/python" ]]; then
 else
     do_it python3 -m venv --system-site-packages "$venv"
 fi
-do_it "$venv/bin/python" -m pip install \
+# The versions that the tests ran with; what they name beside these packages is not installed.
+do_it "$venv/bin/python" -m pip install -c "$here/constraints.txt" \
     "$here[sim]" pyrealsense2 "piper-sdk>=0.6.2,<0.7" "python-can>=4.3,<5"
 # PyCUDA is compiled against the CUDA of this JetPack, so nvcc must be found.
 # Before 2025.1.2 it does not build on JetPack 7's CUDA 13 (PyCUDA's issue 485).
@@ -93,8 +94,11 @@ say "  \$ sudo udevadm control --reload-rules && sudo udevadm trigger"
 say "6. not done here, as it changes how the machine runs or may restart it:"
 say "  \$ sudo nvpmodel -q; sudo nvpmodel -m ID      power mode; the default costs up to 4x"
 say "  \$ sudo jetson_clocks                          hold the clocks; after each start"
-say "  \$ sudo ip link set can_left type can bitrate 1000000 restart-ms 100 berr-reporting on"
+say "  \$ sudo ip link set can_left type can bitrate 1000000 restart-ms 100"
 say "  \$ sudo ip link set can_left txqueuelen 64 up"
+say "  or for good, for each arm (docs/jetson.md, CAN adapter):"
+say "  \$ sudo install -m 644 $here/scripts/gwp-can@.service /etc/systemd/system/"
+say "  \$ sudo systemctl daemon-reload && sudo systemctl enable --now gwp-can@can_left.service"
 say "  swap on NVMe, if a build is refused for memory (docs/jetson.md, swap)"
 
 say "7. check: $venv/bin/gwp-edge doctor"

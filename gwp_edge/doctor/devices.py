@@ -164,7 +164,7 @@ def bring_up_command(interface: str) -> str:
     """Return the command that configures an interface as the arm needs it."""
     return (
         f"sudo ip link set {interface} down; sudo ip link set {interface} type can "
-        f"bitrate {CAN_BITRATE} restart-ms 100 berr-reporting on; "
+        f"bitrate {CAN_BITRATE} restart-ms 100; "
         f"sudo ip link set {interface} txqueuelen {CAN_QUEUE_MIN}; sudo ip link set {interface} up"
     )
 

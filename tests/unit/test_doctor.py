@@ -434,6 +434,20 @@ def test_can_adapter_with_driver_but_no_interface_fails():
     assert "modprobe gs_usb" in result.fix
 
 
+def test_can_is_brought_up_alike_by_doctor_and_by_the_service():
+    """gs_usb refuses berr-reporting before Linux 6.2, and then nothing of the command is done."""
+    service = Path(__file__).resolve().parents[2] / "scripts" / "gwp-can@.service"
+    if not service.is_file():
+        pytest.skip("needs the checkout's scripts")
+    command = devices.bring_up_command("can_left")
+    assert "berr" not in command
+    lines = re.findall(r"^ExecStart=/usr/sbin/(.*)$", service.read_text(), re.MULTILINE)
+    timing, up = (line.replace("%I", "can_left") for line in lines)
+    assert timing in command
+    queue = up.removesuffix(" up")
+    assert queue in command
+
+
 def test_tensorrt_bindings_that_differ_from_the_library_fail():
     probes = {"tensorrt": {"version": "10.9.0.34"}}
     (result,) = engines.check_tensorrt(RecordedSystem("orin-nx-jetpack6-maxn", probes=probes))
