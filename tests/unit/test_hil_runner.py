@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gwp_edge.drivers.piper_fake_bus import FakeProcess
 from gwp_edge.errors import SpecError
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "hil.py"
@@ -52,11 +53,55 @@ def test_list_names_what_a_command_takes():
         assert ("ROBOT" in words) == ("robot" in test.needs)
         assert "trt" not in words or "gpu" in test.needs
         if "ROBOT" in words:
-            assert {"can", "realsense"} <= set(test.needs)
+            assert "can" in test.needs
+            # What starts a run opens the cameras as well.
+            assert ("GWP" in words) == ("realsense" in test.needs)
     (moves,) = [t for t in hil.read_list() if t.name == "arm-moves"]
     environ = {"GWP_HIL_BUNDLE": "b", "GWP_ARM_ENABLE": "1"}
     assert "GWP_HIL_ROBOT" in hil.missing(moves, hil.NEEDS, environ)
     assert hil.missing(moves, hil.NEEDS, {**environ, "GWP_HIL_ROBOT": "r.toml"}) is None
+
+
+def test_list_has_a_test_of_every_need_and_of_bus_and_cameras_alone():
+    """No test needed a Jetson, and bus and cameras could not be tried without a bundle."""
+    tests = hil.read_list()
+    assert {need for test in tests for need in test.needs} == hil.NEEDS
+    alone = [set(test.needs) for test in tests]
+    assert {"can", "robot"} in alone
+    assert {"realsense"} in alone
+    (heat,) = [test for test in tests if "jetson" in test.needs]
+    assert heat.timeout_s > float(heat.command[heat.command.index("--duration") + 1]) >= 300
+
+
+def run_can(path):
+    command = [sys.executable, str(SCRIPT.with_name("hil_can.py")), str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_can_is_read_without_bundle_and_cameras(tmp_path):
+    robot = tmp_path / "robot.toml"
+    channel = f"unix:{tmp_path}/can"
+    robot.write_text(f'name = "r"\n[arm]\nkind = "piper"\noptions = {{ can = "{channel}" }}\n')
+    with FakeProcess(f"{tmp_path}/can"):
+        for _ in range(5):  # a busy machine may starve the fake arm
+            done = run_can(robot)
+            if done.returncode == 0:
+                break
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+    assert len(found["position"]) == 7
+    assert found["arms"][0]["firmware"]
+    silent = run_can(robot)
+    assert silent.returncode == 1
+    assert silent.stderr.startswith("hil_can: ")
+
+
+def test_can_of_another_arm_is_refused(tmp_path):
+    robot = tmp_path / "robot.toml"
+    robot.write_text('name = "r"\n[arm]\nkind = "kinematic"\n')
+    done = run_can(robot)
+    assert done.returncode == 1
+    assert "reads 'piper' only" in done.stderr
 
 
 def test_list_with_an_unknown_need_is_refused(tmp_path):
