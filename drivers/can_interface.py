@@ -67,7 +67,7 @@ def bring_up_commands(name: str) -> str:
     """Return the commands that set the interface ``name`` up for a PiPER."""
     return (
         f"ip link set {name} down; "
-        f"ip link set {name} type can bitrate {BITRATE_BPS} restart-ms 100 berr-reporting on; "
+        f"ip link set {name} type can bitrate {BITRATE_BPS} restart-ms 100; "
         f"ip link set {name} txqueuelen 64; ip link set {name} up"
     )
 

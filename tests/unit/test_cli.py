@@ -145,6 +145,10 @@ def test_infer_with_bad_option_says_what_to_do(gwp, exported, words, message):
         (("--precision", "int8", "--max-error", "-1"), "--max-error: expected a positive"),
         (("--precision", "int8"), "pass --calibration DATASET, or --no-budget"),
         (("--precision", "w4", "--no-budget", "--block", "48"), "--block: expected one of 32"),
+        (
+            ("--precision", "w4", "--no-budget", "--target", "thor", "--block", "32"),
+            "--target thor: TensorRT has no int4 blocks of 32; use --block 64 or 128",
+        ),
         (("--precision", "int8", "--no-budget", "--device", "cuda:99"), "--device cuda:99"),
         (
             ("--precision", "int8", "--no-budget", "--calibration-record", "no/such/record"),
@@ -177,6 +181,21 @@ def test_export_prints_error_and_memory(gwp, tmp_path):
     assert code == 0
     assert "left_joint1.pos" in stdout
     assert json.loads(gwp("inspect", out, "--json")[1])["bundle_id"] == answer["bundle_id"]
+
+
+@pytest.mark.parametrize("target", ["orin", "thor"])
+def test_export_for_a_jetson_says_what_its_layers_are(gwp, tmp_path, target):
+    out = tmp_path / "policy.gwp"
+    words = ("--precision", "w4", "--no-budget", "--target", target)
+    code, stdout, err = gwp("export", REFERENCE / "checkpoint", "--out", out, *words, "--json")
+    assert code == 0, err
+    assert json.loads(stdout)["checked_with"] == ["ort cpu"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {layer["format"] for layer in manifest["precision"]["layers"]} == {
+        "w4",
+        "fp16",
+        "fp32",
+    }
 
 
 def test_export_of_one_arm_layout_makes_a_seven_channel_bundle(gwp, tmp_path):

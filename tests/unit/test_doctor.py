@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from gwp_edge import doctor
 from gwp_edge.doctor import devices, engines, machine, power
 from gwp_edge.doctor.system import PROBES, CheckResult, LocalSystem, Output
+from gwp_edge.drivers.can_interface import bring_up_commands
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "doctor"
 MACHINES = sorted(p.name for p in DATA.iterdir() if p.is_dir())
@@ -434,12 +435,13 @@ def test_can_adapter_with_driver_but_no_interface_fails():
     assert "modprobe gs_usb" in result.fix
 
 
-def test_can_is_brought_up_alike_by_doctor_and_by_the_service():
+def test_can_is_brought_up_alike_by_doctor_driver_and_service():
     """gs_usb refuses berr-reporting before Linux 6.2, and then nothing of the command is done."""
     service = Path(__file__).resolve().parents[2] / "scripts" / "gwp-can@.service"
     if not service.is_file():
         pytest.skip("needs the checkout's scripts")
     command = devices.bring_up_command("can_left")
+    assert command.replace("sudo ", "") == bring_up_commands("can_left")
     assert "berr" not in command
     lines = re.findall(r"^ExecStart=/usr/sbin/(.*)$", service.read_text(), re.MULTILINE)
     timing, up = (line.replace("%I", "can_left") for line in lines)
