@@ -85,9 +85,12 @@ GWP_ROOT="$root" GWP_BUNDLES="/work/$(basename "$bundles")" unshare --mount --pi
     ln -s /proc/self/fd "$GWP_ROOT/dev/fd"
     mkdir "$GWP_ROOT/dev/shm"
     mount -t tmpfs tmpfs "$GWP_ROOT/dev/shm"
+    mkdir "$GWP_ROOT/dev/pts"
+    mount -t devpts -o newinstance,ptmxmode=0666 devpts "$GWP_ROOT/dev/pts"
+    ln -s pts/ptmx "$GWP_ROOT/dev/ptmx"
     run() {
         chroot "$GWP_ROOT" /usr/bin/env -i HOME=/root PATH=/usr/bin:/bin:/usr/sbin:/sbin LANG=C.UTF-8 \
-            GWP_EMULATED=1 GWP_TEST_BUNDLES="$GWP_BUNDLES" sh -c "cd /work && exec \"\$0\" \"\$@\"" "$@"
+            GWP_TEST_BUNDLES="$GWP_BUNDLES" sh -c "cd /work && exec \"\$0\" \"\$@\"" "$@"
     }
     run python3 -c "import platform, onnxruntime, gwp_edge as g; print(
         platform.machine(), platform.python_version(), \"onnxruntime\", onnxruntime.__version__, g.__file__)"

@@ -26,7 +26,7 @@ from gwp_edge.types import Frame
 SPEC = make_spec(cameras=("cam_high", "cam_left_wrist"))
 # Generous: nothing here measures speed.
 LIMITS = ObservationLimits(
-    frame_age_ns=400_000_000, state_age_ns=2_000_000_000, stall_ns=2_000_000_000
+    frame_age_ns=1_500_000_000, state_age_ns=2_000_000_000, stall_ns=2_000_000_000
 )
 MOTOR = MotorOptions(
     feedback_warn_ns=1_000_000_000, feedback_hold_ns=2_000_000_000, feedback_fault_ns=4_000_000_000
