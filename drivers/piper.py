@@ -151,7 +151,7 @@ class PiperArm:
             enabled=enabled,
             fault="; ".join(faults) or None,
             caution="; ".join(cautions) or None,
-            drifted=any(unit.drifted for unit in self._units),
+            drifted=any(unit.drifted or unit.doubtful for unit in self._units),
         )
 
     def send(self, position: FloatArray) -> None:

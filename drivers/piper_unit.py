@@ -33,6 +33,8 @@ _BEYOND_RAD = math.radians(10.0)
 _BEYOND_M = 0.01
 _DRIFT_RAD = math.radians(10.0)
 _AGREE_RAD = math.radians(2.0)
+# Frames of a fast joint are a moment apart; more than this is no moment.
+_DOUBT_RAD = math.radians(3.0)
 _DRIFT_TIME_NS = 200_000_000
 _COMPARE_PERIOD_NS = 40_000_000
 
@@ -47,6 +49,7 @@ class PiperUnit:
         limits: known after ``connect``.
         n_dropped: ticks that were dropped because the transmit queue was full.
         drifted: a joint's angle and its motor were seen to differ, since ``connect``.
+        doubtful: they differ at present, by less than what counts as drifted or for a shorter time.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class PiperUnit:
         self.firmware = "unknown"
         self.limits: PiperLimits | None = None
         self.n_dropped = 0
-        self.drifted = False
+        self.drifted = self.doubtful = False
         self._options = options
         self._effort_mnm = round(options.gripper_effort_nm * 1000)
         self._clock = clock
@@ -90,7 +93,7 @@ class PiperUnit:
         self._t_drift_ns = self._t_compare_ns = 0
         self._silent_motors.clear()
         self._n_dropped_in_row = 0
-        self.drifted = False
+        self.drifted = self.doubtful = False
         self._link = self._open_link()
         connect(self._port())
         self.firmware, drifts = check_firmware(self.feedback)
@@ -208,7 +211,7 @@ class PiperUnit:
         if self._drift_faults:
             self.feedback.latch(text)
         else:
-            logger.warning("%s: %s", self.name, text)
+            logger.warning("%s: %s; until then no hold follows its angles", self.name, text)
 
     def poll(self, now_ns: int) -> None:
         """Read everything that waits.
@@ -234,10 +237,13 @@ class PiperUnit:
         joints, oldest_ns = self.feedback.joint_rad, now_ns - SILENCE_NS
         if joints is None or self.feedback.t_pose_ns < oldest_ns:
             return  # the whole arm is silent, or was not read for a while
+        self.doubtful = False
         for j, (motor, joint) in enumerate(zip(self.feedback.motor_rad, joints, strict=True)):
             if self.feedback.t_fast_ns[j] < oldest_ns:
                 self._see_silent_motor(j)
-            elif abs(motor - joint) > _DRIFT_RAD:
+                continue
+            self.doubtful = self.doubtful or abs(motor - joint) > _DOUBT_RAD
+            if abs(motor - joint) > _DRIFT_RAD:
                 if self._t_drift_ns == 0:
                     self._t_drift_ns = now_ns
                 elif now_ns - self._t_drift_ns > _DRIFT_TIME_NS:
@@ -337,7 +343,7 @@ class PiperUnit:
             words = MODE_WORDS.get(feedback.mode, f"unknown control mode {feedback.mode}")
             raise DeviceError(f"{self.name}: nothing to hold, the arm is in {words}")
         if self._held is None:
-            if self.drifted:
+            if self.drifted or self.doubtful:
                 raise DeviceError(
                     f"{self.name}: its joint angles have drifted, a hold by them would move it; "
                     "nothing was sent, the arm holds its last target"

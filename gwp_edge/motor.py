@@ -6,7 +6,6 @@ Nothing but ``_send`` commands the arm, and what it sends has always gone throug
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,14 +14,15 @@ from gwp_edge.arm_watch import ArmWatch, Need
 from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
+from gwp_edge.pressure import Pressure
 from gwp_edge.protocols import Arm, Clock
-from gwp_edge.safety import TRACKING_ERROR_RAD, Limiter, TrackingMonitor
+from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
 from gwp_edge.shared_memory import fence
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
-from gwp_edge.types import ArmState, BoolArray, Chunk, FloatArray, JointLimits
+from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
 from gwp_edge.workspace import ArmInBox
 
 __all__ = ["MotorLoop", "MotorOptions"]
@@ -31,9 +31,6 @@ _REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
 _OUTSIDE_TIME_NS = 2_000_000_000
 _STANDING_TICKS = 3
-# An arm at rest that is farther than this from its command is kept from it.
-_YIELD_RAD = float(np.deg2rad(3.0))
-_SETTLE_NS = 200_000_000
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
@@ -78,6 +75,7 @@ class MotorLoop:
             limits, lead_ns=options.lead_ns, blend=options.blend, rebase=options.synchronous
         )
         self._tracking = TrackingMonitor(channels)
+        self._pressure = Pressure(channels, period_ns=options.period_ns)
         self._is_rad = np.array([c.unit == "rad" for c in channels])
         self._approached = np.where(self._is_rad, _APPROACHED_RAD, _APPROACHED_M)
         self._ticks = TickLog(board, clock, self._limiter, self._schedule)
@@ -88,12 +86,11 @@ class MotorLoop:
         self._t_standing_ns = 0
         self._n_standing = 0
         self._n_refused = self._n_rejected = self._t_outside_ns = 0
-        self._n_settle = max(_STANDING_TICKS, _SETTLE_NS // options.period_ns)
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
         self._t_resume_ns = self._t_mode_ns = 0
         self._wait_text = ""
         self._braking = False
-        self._yielded_rad = math.inf
+        self._stop_now_seen = False
         self._stop_wanted = self._parking_begun = False
         self._t_pause_said_ns = 0
         self._t_tick_ns = 0
@@ -228,7 +225,7 @@ class MotorLoop:
     def _is_outside_for_long(self, chunk: Chunk, now_ns: int) -> bool:
         """Hold when plan after plan wants what the limits do not give; clipped, nobody sees it."""
         outside = self._limiter.outside(chunk.actions[len(chunk.actions) // 2])
-        if outside is None or self.mode is not Mode.RUN:
+        if outside is None or self.mode not in (Mode.APPROACH, Mode.RUN):
             self._t_outside_ns = 0
             return False
         self._t_outside_ns = self._t_outside_ns or now_ns
@@ -268,7 +265,9 @@ class MotorLoop:
         if request < Request.PARK:
             self._see_resume(now_ns)
         if request is Request.STOP_NOW:
-            self._braking = math.isinf(self._yielded_rad)
+            if not self._stop_now_seen:
+                self._stop_now_seen = self._braking = True
+                self._pressure.reset()
             self._hold(HoldReason.STOP, "immediate hold", now_ns)
         elif request is Request.STOP or (request is Request.PARK and self._park is None):
             self._hold(HoldReason.STOP, "stopping", now_ns)
@@ -317,14 +316,23 @@ class MotorLoop:
 
     def _has_waited_too_long(self, now_ns: int) -> bool:
         """Whether starting now would be a surprise: somebody may have come near by now."""
-        waited_ns = now_ns - self._t_mode_ns
+        limit_ns = self._options.resume_ns
+        if limit_ns is None or self._is_agreed(now_ns):
+            return False
         if self.mode is Mode.ENABLED:
-            if waited_ns <= max(self._options.resume_ns, _RESUME_LASTS_NS):
+            # The first plan of a slow policy that the arm waits for anyway is no surprise.
+            if self._options.synchronous:
                 return False
+            limit_ns = max(limit_ns, _RESUME_LASTS_NS)
             self._wait_text = "no usable plan came"
         elif self.mode is not Mode.HOLD or not self.hold_reason.ends_by_itself:
             return False
-        return waited_ns > self._options.resume_ns
+        return now_ns - self._t_mode_ns > limit_ns
+
+    def _is_agreed(self, now_ns: int) -> bool:
+        """Whether enter was pressed a moment ago and has not been used up."""
+        is_pressed = self._words[Word.RESUME_COUNT] != self._resume_count
+        return is_pressed and now_ns - self._t_resume_ns <= _RESUME_LASTS_NS
 
     def _try_to_start(self, now_ns: int) -> None:
         """Begin an approach from ENABLED or a hold that may end, with a plan made since then."""
@@ -352,7 +360,7 @@ class MotorLoop:
         if self._schedule.ended(now_ns) and not self._options.synchronous:
             self._hold(HoldReason.STALE_CHUNK, "the plan is used up, no newer one came", now_ns)
         elif self.mode is Mode.APPROACH:
-            target = self._schedule.sample(now_ns)
+            target = self._limiter.clip(self._schedule.sample(now_ns))
             follows = self._limiter.position if self._options.dry_run else self._feedback.position
             # A gripper on an object never reaches its target, so its command counts.
             pose = np.where(self._is_rad, follows, self._limiter.position)
@@ -405,7 +413,7 @@ class MotorLoop:
 
     def _set_mode(self, mode: Mode) -> None:
         if mode is not self.mode:
-            self._yielded_rad = math.inf
+            self._pressure.reset()
             self._t_mode_ns = self._clock.now_ns()
         self.mode = mode
         self._n_standing = 0
@@ -419,8 +427,10 @@ class MotorLoop:
         if self._n_standing < _STANDING_TICKS:
             return False
         if self.mode is Mode.PARK:
-            return self._park is not None and bool(
-                np.abs(self._limiter.position - self._park).max() < 1e-6
+            return (
+                self._park is not None
+                and bool(np.abs(self._limiter.position - self._park).max() < 1e-6)
+                and self._is_relieved()
             )
         # A fault is over when somebody asks for the end, so that it stays on view until then.
         wanted = self._stop_wanted or self._board.request >= Request.PARK
@@ -428,7 +438,7 @@ class MotorLoop:
         if not (stopped or (self.mode is Mode.FAULT and wanted)):
             return False
         # Before the process goes, whatever the arm presses on is let go.
-        return self._n_standing > self._n_settle or not self._kept(_YIELD_RAD).any()
+        return self._is_relieved()
 
     # Outputs
 
@@ -459,38 +469,42 @@ class MotorLoop:
         lost = self._tracking.check(command, self._feedback.position, now_ns)
         if lost is not None:
             self._hold(HoldReason.TRACKING, lost, now_ns)
-            self._yield_to_arm(TRACKING_ERROR_RAD, now_ns)
-        elif self.mode in (Mode.HOLD, Mode.FAULT) and self._n_standing == self._n_settle:
-            self._yield_to_arm(_YIELD_RAD, now_ns)
+        if self.mode in (Mode.HOLD, Mode.PARK, Mode.FAULT):
+            self._relieve(command, now_ns)
 
-    def _yield_to_arm(self, allowed_rad: float, now_ns: int) -> None:
-        """Command joints that are kept from their target where they are.
-
-        Otherwise the arm would press on what blocks it for good, and leap when that gives way.
-        Once per hold and threshold: an arm that sags must not be followed all the way down.
-        """
-        kept = self._kept(allowed_rad)
-        if not kept.any():
+    def _relieve(self, command: FloatArray, now_ns: int) -> None:
+        """Once the command stands, take it back to where the arm is on joints that press."""
+        pressure, measured = self._pressure, self._feedback.position
+        if pressure.going and not self._feedback.trusted:
+            pressure.going, self._braking = False, True  # it may be the wrong way
+        back = pressure.check(
+            command, measured, n_standing=self._n_standing, trusted=self._feedback.trusted
+        )
+        if back is None:
             return
-        self._yielded_rad, self._braking, self._n_standing = allowed_rad, False, 0
-        position, measured = self._limiter.position, self._feedback.position
-        degrees = np.rad2deg(np.abs(position - measured)[kept].max())
-        speed = np.where(kept, 0.0, self._limiter.velocity)
-        self._schedule.stop(now_ns, np.where(kept, measured, position), speed)
-        self._limiter.retarget()
-        text = f"the arm is kept {degrees:.0f} deg from its target, which goes back to where it is"
+        if self.mode is Mode.PARK:
+            text = "the arm does not come to its park pose; something is in the way"
+            self._hold(HoldReason.TRACKING, text, now_ns)
+            return
+        self._braking, self._n_standing = False, 0
+        self._limiter.set_speed_limit(self._options.approach_rad_s, self._options.approach_m_s)
+        self._schedule.hold(self._limiter.clip(back))
+        degrees = np.rad2deg(np.abs(command - back).max())
+        text = f"something keeps the arm {degrees:.0f} deg from its command, which goes back to it"
         self._say(EventKind.INFO, text)
 
-    def _kept(self, allowed_rad: float) -> BoolArray:
-        """Return which joints are farther from their command and may still be yielded to, (D,)."""
-        if allowed_rad >= self._yielded_rad or self._options.dry_run or not self._feedback.trusted:
-            return np.zeros_like(self._is_rad)
-        off = np.abs(self._limiter.position - self._feedback.position)
-        return np.asarray(self._is_rad & (off > allowed_rad))
+    def _is_relieved(self) -> bool:
+        """Whether the arm, standing, presses on nothing, or nothing more can be done about it."""
+        return (
+            self._options.dry_run
+            or not self._feedback.trusted
+            or self._pressure.is_relieved(self._limiter.position, self._feedback.position)
+        )
 
     def _send(self, command: FloatArray) -> bool:
         # In a fault the brake goes out as long as it moves; then the line is left alone.
-        if self.mode is Mode.FAULT and self._n_standing > self._n_settle:
+        is_at_rest = self._n_standing > _STANDING_TICKS and self._is_relieved()
+        if self.mode is Mode.FAULT and is_at_rest:
             return False
         try:
             return self._sender.send(command, self._t_tick_ns)

@@ -26,7 +26,8 @@ class MotorOptions:
         feedback_warn_ns: older feedback is reported.
         feedback_hold_ns: older feedback stops the arm.
         feedback_fault_ns: older feedback ends the run.
-        resume_ns: a hold that ends by itself does so within this time; later a person must agree.
+        resume_ns: a hold that ends by itself does so within this time, later a person must agree;
+            None where nobody is there to ask.
         unwatched_ns: without a sign of life from the supervisor for this long, the arm is stopped.
         refuse_far: refuse plans far outside the position limits; false clips them, for simulated
             arms only.
@@ -45,7 +46,7 @@ class MotorOptions:
     feedback_warn_ns: int = 20_000_000
     feedback_hold_ns: int = 100_000_000
     feedback_fault_ns: int = 500_000_000
-    resume_ns: int = 3_000_000_000
+    resume_ns: int | None = 3_000_000_000
     unwatched_ns: int = 2_000_000_000
     refuse_far: bool = True
     realtime: bool = True
@@ -62,8 +63,9 @@ class MotorOptions:
         if not 0 < self.feedback_warn_ns <= self.feedback_hold_ns <= self.feedback_fault_ns:
             raise SpecError("feedback ages: expected 0 < warn <= hold <= fault")
         for name in ("resume_ns", "unwatched_ns"):
-            if getattr(self, name) <= 0:
-                raise SpecError(f"{name}: expected a positive time, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SpecError(f"{name}: expected a positive time, got {value}")
         if not 1 <= self.priority <= 99:
             raise SpecError(f"priority: expected 1 to 99, got {self.priority}")
 

@@ -70,13 +70,6 @@ class RunOptions:
             )
 
     @property
-    def resume_s(self) -> float:
-        """How long a hold may last and still end by itself, s."""
-        if not self.interactive:
-            return self.recover_timeout_s
-        return min(self.recover_timeout_s, OPERATOR_RESUME_S)
-
-    @property
     def is_guarded(self) -> bool:
         """Whether a guardian process watches the motor process: the arm takes two connections."""
         return self.guardian and self.robot.arm.guardian and not self.motor.dry_run

@@ -17,7 +17,7 @@ from gwp_edge.mailbox import Board
 from gwp_edge.motor_process import ArmSetup, motor_main
 from gwp_edge.policy_options import PolicySetup
 from gwp_edge.policy_process import policy_main
-from gwp_edge.run_options import RunOptions
+from gwp_edge.run_options import OPERATOR_RESUME_S, RunOptions
 from gwp_edge.status import Word
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class RunProcesses:
                 realtime=options.motor.realtime,
                 priority=max(1, options.motor.priority - 10),
             )
-        motor = dataclasses.replace(options.motor, resume_ns=round(options.resume_s * 1e9))
+        resume_ns = round(OPERATOR_RESUME_S * 1e9) if options.interactive else None
+        motor = dataclasses.replace(options.motor, resume_ns=resume_ns)
         self.motor = self._spawn("motor", motor_main, setup, motor)
         words[Word.MOTOR_PID] = self.motor.pid or 0
         policy_setup = PolicySetup(

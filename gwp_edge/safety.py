@@ -214,6 +214,11 @@ class Limiter:
         bad = np.argwhere(~((rows >= low) & (rows <= high)))
         return None if len(bad) == 0 else self._reason_to_reject(rows[bad[0][0]].tolist())
 
+    def clip(self, row: FloatArray) -> FloatArray:
+        """Return ``row``, shape (D,), within the position limits in force."""
+        floor = [j.floor for j in self._joints]
+        return np.clip(row, floor, [j.ceiling for j in self._joints])
+
     def outside(self, row: FloatArray) -> str | None:
         """Return which joint ``row``, shape (D,), wants beyond its limit by more than a little.
 

@@ -23,7 +23,8 @@ from gwp_edge.telemetry import CheckResult
 logger = logging.getLogger(__name__)
 
 _POLL_S: Final = 0.01
-_STOP_TIMEOUT_S: Final = 5.0
+# Time to brake, and to let go of what is pressed on at the slow speed of an approach.
+_STOP_TIMEOUT_S: Final = 8.0
 _PARK_TIMEOUT_S: Final = 60.0
 # An inference that takes longer, while the arm waits for it, is one that hangs.
 _PLAN_TIMEOUT_S: Final = 60.0
@@ -377,6 +378,10 @@ class Supervisor:
             if parking and self._board.request != Request.PARK:
                 parking = False
                 deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        if parking and self._words[Word.MOTOR_MODE] == Mode.HOLD and self._options.robot.park:
+            self._collect()
+            why = self._findings.last_fault or "something stopped it"
+            self._findings.fail("held", f"not parked: {why}")
         if motor.exitcode is None:
             # It hangs. Killing it is what the guardian waits for.
             self._findings.fail("crashed", "the motor process did not stop in time and was killed")
@@ -436,8 +441,8 @@ class Supervisor:
             findings.standing = "the arm stands and holds"
         elif words[Word.MOTOR_POWERING]:
             findings.standing = (
-                "the start was broken off while motors were powered: those that have power hold "
-                "their pose, the others none; support the arm before you switch it off"
+                "the start was broken off: motors that have power by now hold their pose, support "
+                "the arm before you switch it off"
             )
         else:
             findings.standing = "the arm was not moved"

@@ -146,7 +146,7 @@ class ArmState:
         fault: one line for the operator, or None while all is well.
         caution: one line about something that passes, such as a target that the arm's own
             controller refuses: reason to hold, not to give up. None while there is nothing.
-        drifted: ``position`` is known to be wrong: nothing may be commanded by it.
+        drifted: ``position`` is or may be wrong: nothing may be commanded by it.
     """
 
     position: FloatArray
@@ -164,10 +164,11 @@ class ArmState:
             object.__setattr__(self, "velocity", frozen_array(self.velocity, np.float64))
 
 
+_FLOAT64 = np.dtype(np.float64)
+
+
 def _is_frozen(array: object) -> bool:
-    return (
-        type(array) is np.ndarray and array.dtype.type is np.float64 and not array.flags.writeable
-    )
+    return type(array) is np.ndarray and array.dtype == _FLOAT64 and not array.flags.writeable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -458,6 +458,18 @@ def test_drift_on_other_firmware_warns_once(rig, caplog):
     assert caplog.text.count("the feedback has drifted") == 1
 
 
+def test_angles_that_differ_a_little_from_the_motors_are_doubted_while_they_do(rig):
+    """Too little for a drift; enough not to command the arm to where it is not."""
+    rig.fake.faults.drift_mdeg[5] = 6_000
+    state = rig.watch(30)
+    assert state.drifted
+    assert state.fault is None
+    with pytest.raises(DeviceError, match="joint angles have drifted"):
+        rig.arm.hold()
+    rig.fake.faults.drift_mdeg.clear()
+    assert not rig.watch(30).drifted
+
+
 def test_motor_feedback_that_stopped_is_no_drift(caplog):
     """The joint moved on, its last motor position did not: a healthy arm was told to be cut off."""
     rig = Rig(fakes=[FakePiper(firmware="S-V1.8-6")])

@@ -128,6 +128,14 @@ def test_parking_that_does_not_end_is_stopped_and_not_killed(a_run, monkeypatch)
     a_run.check_decelerated_and_holding()
 
 
+def test_parking_that_nobody_watches_is_not_reported_as_done(a_run):
+    motor = dataclasses.replace(MOTOR, unwatched_ns=300_000_000)
+    summary = a_run.start(motor=motor, **quit_then(a_run, lambda: time.sleep(2.0)))
+    assert (summary.outcome, summary.exit_code) == ("held", 1)
+    assert "not parked: hold: nobody watches keys" in summary.message
+    a_run.check_decelerated_and_holding()
+
+
 def test_park_pose_out_of_reach_is_refused_before_anything_moves(a_run):
     """It once parked until it was killed: the limiter stops where the pose was not yet."""
     summary = a_run.start(park_share=1.01)
@@ -154,7 +162,7 @@ def test_signal_while_motors_are_powered_breaks_that_off(a_run, number, outcome)
     assert time.monotonic() - seen["t_pressed_s"] < 60.0
     assert summary.outcome == outcome, summary.message
     assert "killed" not in summary.message
-    assert "the start was broken off while motors were powered" in summary.message
+    assert "the start was broken off: motors that have power" in summary.message
     assert not a_run.log.with_name("commands.motor").exists()
 
 
