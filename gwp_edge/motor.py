@@ -14,6 +14,7 @@ from gwp_edge.arm_watch import ArmWatch, Need
 from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
+from gwp_edge.plan_check import PlanCheck
 from gwp_edge.pressure import Pressure
 from gwp_edge.protocols import Arm, Clock
 from gwp_edge.safety import Limiter, TrackingMonitor
@@ -27,9 +28,7 @@ from gwp_edge.workspace import ArmInBox
 
 __all__ = ["MotorLoop", "MotorOptions"]
 
-_REFUSED_IN_ROW = 3
 _REJECTED_IN_ROW = 20
-_OUTSIDE_TIME_NS = 2_000_000_000
 _STANDING_TICKS = 3
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
@@ -85,7 +84,8 @@ class MotorLoop:
         self._pending: Chunk | None = None
         self._t_standing_ns = 0
         self._n_standing = 0
-        self._n_refused = self._n_rejected = self._t_outside_ns = 0
+        self._plans = PlanCheck(board, self._limiter)
+        self._n_rejected = 0
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
         self._t_resume_ns = self._t_mode_ns = 0
         self._wait_text = ""
@@ -203,15 +203,13 @@ class MotorLoop:
             return
         if self.mode in (Mode.PARK, Mode.FAULT):
             return
-        refused = self._limiter.reason_to_refuse(chunk.actions)
-        if refused is not None:
-            self._refuse(chunk, refused, now_ns)
+        is_moving = self.mode in (Mode.APPROACH, Mode.RUN)
+        is_usable, hold = self._plans.judge(chunk, now_ns, moving=is_moving)
+        if hold is not None:
+            self._hold(*hold, now_ns)
+        if not is_usable:
             return
-        self._n_refused = 0
-        if self._is_outside_for_long(chunk, now_ns):
-            return
-        self._words[Word.MOTOR_TAKEN] = chunk.chunk_idx + 1
-        if self.mode not in (Mode.APPROACH, Mode.RUN):
+        if not is_moving:
             self._pending = chunk
             return
         result = self._schedule.accept(chunk, now_ns, seam=self.mode is Mode.RUN)
@@ -221,35 +219,6 @@ class MotorLoop:
             # The arm is not where the old plan had it: fade from where it is, or the target could
             # run away from the commands, fade by fade.
             self._schedule.reseam(now_ns, self._limiter.position, self._limiter.velocity)
-
-    def _is_outside_for_long(self, chunk: Chunk, now_ns: int) -> bool:
-        """Hold when plan after plan wants what the limits do not give; clipped, nobody sees it."""
-        outside = self._limiter.outside(chunk.actions[len(chunk.actions) // 2])
-        if outside is None or self.mode not in (Mode.APPROACH, Mode.RUN):
-            self._t_outside_ns = 0
-            return False
-        self._t_outside_ns = self._t_outside_ns or now_ns
-        if now_ns - self._t_outside_ns < _OUTSIDE_TIME_NS:
-            return False
-        seconds = (now_ns - self._t_outside_ns) / 1e9
-        text = f"for {seconds:.0f} s the plans want {outside}; are they for this robot?"
-        self._hold(HoldReason.REJECTED, text, now_ns)
-        return True
-
-    def _refuse(self, chunk: Chunk, why: str, now_ns: int) -> None:
-        """Leave a chunk that is not finite or absurd unused; hold after three in a row."""
-        self._words[Word.MOTOR_REFUSED] = chunk.chunk_idx + 1
-        is_finite = bool(np.isfinite(chunk.actions).all())
-        self._words[Word.MOTOR_N_REJECTED_CHUNKS if is_finite else Word.MOTOR_N_NOT_FINITE] += 1
-        self._n_refused += 1
-        if self._n_refused < _REFUSED_IN_ROW:
-            return
-        reason = HoldReason.REJECTED if is_finite else HoldReason.NOT_FINITE
-        text = (
-            f"{self._n_refused} plans in a row were refused, the last because its {why}; "
-            "check the bundle with gwp-edge verify"
-        )
-        self._hold(reason, text, now_ns)
 
     def _reject(self, chunk: Chunk, result: Acceptance) -> None:
         self._words[Word.MOTOR_N_REJECTED_CHUNKS] += 1
