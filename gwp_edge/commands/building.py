@@ -112,6 +112,8 @@ def _build(bundle: Path, options: BuildOptions, *, as_json: bool) -> None:
         say(f"  not so     {layer.stage} {layer.name}: {layer.got}, asked {layer.asked}")
     if len(others) > _SHOWN_LAYERS:
         say(f"  not so     and {len(others) - _SHOWN_LAYERS} more, all in build.json")
+    for what, peak_bytes in result.record.memory.items():
+        say(f"memory       {what}: {peak_bytes / 1e9:.2f} GB at the peak, gwp-edge plan models it")
     say(f"golden       off by {result.record.golden_error:.2g} rad or m")
     for timing in result.record.timing:
         say(f"time         {timing}")

@@ -47,6 +47,7 @@ from gwp_edge.engines.trt_timing import judge_build
 from gwp_edge.errors import BuildError
 from gwp_edge.manifest import STAGES, Stage
 from gwp_edge.planning.memory import check_free, disk_swap_bytes, memory_plan
+from gwp_edge.planning.memory_watch import MemoryWatch
 
 Progress = Callable[[str, int, int], None]
 _PERMILLE: Final = 1000
@@ -152,15 +153,20 @@ class _Build:
         manifest = self.bundle.manifest
         files: dict[Stage, EngineFile] = {}
         narrow: list[str] = []
+        memory: dict[str, int] = {}
         for stage in STAGES:
-            files[stage], report = self._build_one(stage, work)
+            with MemoryWatch() as watch:
+                files[stage], report = self._build_one(stage, work)
+            memory[f"build {stage}"] = watch.peak_bytes
             layers = parse_inspector(report)
             self.proofs += prove(stage, manifest.precision.layers, layers)
             narrow += narrow_sums(stage, layers)
         self.summary = (*summarize(self.proofs), *narrow)
         require_proof(self.proofs, allow_unproven=self.options.allow_unproven)
         self.tell("golden gate", 0, 1)
-        golden = golden_gate(self.bundle, work, files, self._build_debug)
+        with MemoryWatch() as watch:
+            golden = golden_gate(self.bundle, work, files, self._build_debug)
+        memory["load and run"] = watch.peak_bytes
         self.tell("golden gate", 1, 1)
         record = EngineRecord(
             schema=SCHEMA,
@@ -173,6 +179,7 @@ class _Build:
             not_as_asked=tuple(x for x in self.proofs if x.outcome != "as asked"),
             golden_error=golden.error,
             timing=judge_build(manifest, self.facts, golden.times_ns, tf32=self.options.tf32),
+            memory=memory,
         )
         write_record(work, record)
         return record

@@ -110,6 +110,8 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         not_as_asked: every layer that fell back or is not shown, with what it runs as.
         golden_error: largest distance from the golden actions, rad and m.
         timing: measured stage times against the planner's.
+        memory: by what was done, such as ``build prefill``: by how many bytes the machine's free
+            memory fell meanwhile at most.
     """
 
     schema: str
@@ -122,6 +124,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     not_as_asked: tuple[Proof, ...] = ()
     golden_error: float | None
     timing: tuple[StageTiming, ...] = ()
+    memory: dict[str, int] = {}
 
 
 class _Head(msgspec.Struct, frozen=True, kw_only=True):

@@ -128,6 +128,12 @@ def test_logger_of_another_library_is_another_one(gpu, monkeypatch):
         assert shared_logger() is not first
 
 
+def test_build_records_by_how_much_free_memory_fell(built):
+    (_, record), *_ = list_engines(built.root)
+    assert list(record.memory) == ["build vision", "build prefill", "build denoise", "load and run"]
+    assert all(0 <= n_bytes < 10**11 for n_bytes in record.memory.values())
+
+
 def test_build_records_the_memory_of_each_engine(built, gpu):
     (_, record), *_ = list_engines(built.root)
     assert {s: f.scratch_bytes for s, f in record.files.items()} == gpu.scratch_bytes
