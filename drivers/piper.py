@@ -94,6 +94,11 @@ class PiperArm:
             acceleration_max=np.concatenate([p.acceleration_max for p in parts]),
         )
 
+    @property
+    def current_a(self) -> FloatArray:
+        """Newest motor currents, shape (D,), A; NaN for grippers and before the first frame."""
+        return _frozen([a for u in self._units for a in (*u.feedback.current_a, math.nan)])
+
     def open(self, *, enable: bool) -> None:
         """Connect and check every arm; with ``enable`` power them only when all are well.
 

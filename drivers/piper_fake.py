@@ -291,6 +291,11 @@ class FakePiper:
             gap = self.gripper_target_um - self.gripper_um
             self.gripper_um += max(-most_um, min(most_um, gap))
 
+    def _pushes(self, j: int) -> bool:
+        """Whether joint j + 1 is kept from its target and tries."""
+        gap_mdeg = abs(self.target_mdeg[j] - self.joint_mdeg[j])
+        return j + 1 in self.faults.stuck and self.enabled[j] and gap_mdeg > 1000
+
     def _stopped_at_limit(self, j: int, there_mdeg: float) -> float:
         """Return where joint j + 1 gets to: one that is out of its limits already goes inwards."""
         low_mdeg, high_mdeg = self._limits_mdeg(j)
@@ -311,7 +316,7 @@ class FakePiper:
             fast = struct.pack(
                 ">hhi",
                 round(self.speed_mdeg_s[j] * codec.RAD_PER_MDEG * 1000),
-                250,
+                2500 if self._pushes(j) else 250,  # mA
                 round(self.joint_mdeg[j] * codec.RAD_PER_MDEG * 1000),
             )
             frames.append((codec.ID_MOTOR_FAST[j], fast))

@@ -16,7 +16,7 @@ from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.plan_check import PlanCheck
 from gwp_edge.pressure import Pressure
-from gwp_edge.protocols import Arm, Clock
+from gwp_edge.protocols import Arm, Clock, CurrentArm
 from gwp_edge.safety import Limiter, TrackingMonitor
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
@@ -56,6 +56,7 @@ class MotorLoop:
         park: FloatArray | None = None,
         workspace: Sequence[ArmInBox] = (),
     ) -> None:
+        self._current_arm = arm if isinstance(arm, CurrentArm) else None
         self._board = board
         self._words = board.words
         self._clock = clock
@@ -437,9 +438,17 @@ class MotorLoop:
             return
         lost = self._tracking.check(command, self._feedback.position, now_ns)
         if lost is not None:
-            self._hold(HoldReason.TRACKING, lost, now_ns)
+            self._hold(HoldReason.TRACKING, lost + self._currents(), now_ns)
         if self.mode in (Mode.HOLD, Mode.PARK, Mode.FAULT):
             self._relieve(command, now_ns)
+
+    def _currents(self) -> str:
+        """Return what tells an obstacle from a joint that does not try, as far as the arm knows."""
+        if self._current_arm is None:
+            return ""
+        current_a = np.abs(self._current_arm.current_a)
+        own_a = current_a[self._tracking.worst_idx]
+        return "" if np.isnan(own_a) else f" (its motor takes {own_a:.1f} A)"
 
     def _relieve(self, command: FloatArray, now_ns: int) -> None:
         """Once the command stands, take it back to where the arm is on joints that press."""

@@ -101,6 +101,16 @@ class SlowArm(Protocol):
         ...
 
 
+@runtime_checkable
+class CurrentArm(Protocol):
+    """An arm that measures motor currents: an operator is told them where a joint lags."""
+
+    @property
+    def current_a(self) -> FloatArray:
+        """Newest current of every channel's motor, shape (D,), A; NaN where there is none."""
+        ...
+
+
 class Arm(Protocol):
     """One robot as the motor loop sees it: D channels, one clock. Threads: one owner.
 

@@ -379,6 +379,9 @@ class TrackingMonitor:
 
     Grippers (channels in metres) do not count: holding an object is not following the command.
     Threads: one owner.
+
+    Attributes:
+        worst_idx: the channel that was farthest off when it told so last.
     """
 
     def __init__(
@@ -392,6 +395,7 @@ class TrackingMonitor:
         self._allowed = np.array([error_rad if c.unit == "rad" else math.inf for c in channels])
         self._time_ns = round(time_s * 1e9)
         self._since_ns: int | None = None
+        self.worst_idx = 0
 
     def reset(self) -> None:
         """Begin anew."""
@@ -407,7 +411,7 @@ class TrackingMonitor:
             self._since_ns = now_ns
         if now_ns - self._since_ns < self._time_ns:
             return None
-        i = int(np.argmax(np.where(np.isfinite(self._allowed), error, -1.0)))
+        i = self.worst_idx = int(np.argmax(np.where(np.isfinite(self._allowed), error, -1.0)))
         return (
             f"{self._names[i]} does not follow: commanded {command[i]:.3f} rad, measured "
             f"{measured[i]:.3f} rad for {self._time_ns / 1e9:.1f} s; is it blocked or overloaded?"

@@ -57,6 +57,9 @@ class LoopRig:
             self.loop.tick(self.clock.now_ns())
             self.true_deg.append(np.array(self.fake.joint_mdeg) / 1000.0)
 
+    def said(self):
+        return [e.text for e in self.board.events["motor"].drain()]
+
     @property
     def target_deg(self):
         return np.array(self.fake.target_mdeg) / 1000.0
@@ -82,6 +85,8 @@ def test_joint_that_was_blocked_does_not_leap_when_it_is_freed(make):
     rig.fake.faults.stuck = frozenset({1})
     rig.ticks(300, speed_rad_s=0.8)
     assert rig.loop.hold_reason is HoldReason.TRACKING
+    (said,) = [t for t in rig.said() if "does not follow" in t]
+    assert said.endswith("is it blocked or overloaded? (its motor takes 2.5 A)")
     rig.ticks(800)
     assert abs(rig.target_deg[0] - rig.true_deg[-1][0]) < 0.1
     rig.fake.faults.stuck = frozenset()
