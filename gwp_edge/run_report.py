@@ -43,6 +43,7 @@ class Findings:
         self.cameras: dict[str, str] = {}
         self.standing = ""
         self.t_run_s: float | None = None
+        self._last_error = ""
         self._outcome = ""
         self._message = ""
         self._run_s = 0.0
@@ -58,8 +59,8 @@ class Findings:
 
     @property
     def last_fault(self) -> str:
-        """The newest warning or error, or an empty string."""
-        return self.faults[-1] if self.faults else ""
+        """The newest error, else the newest warning, or an empty string."""
+        return self._last_error or (self.faults[-1] if self.faults else "")
 
     def end(self, outcome: str, message: str) -> None:
         """Note why the run ends; the first reason stays, but Ctrl-C ends parking and itself."""
@@ -78,8 +79,10 @@ class Findings:
         if self._outcome in _ENDED_WELL or not self._outcome:
             self._outcome, self._message = outcome, message
 
-    def note_fault(self, text: str) -> None:
-        """Note a warning or an error."""
+    def note_fault(self, text: str, *, is_error: bool = False) -> None:
+        """Note a warning or an error; one that follows an error does not hide it."""
+        if is_error:
+            self._last_error = text
         if len(self.faults) < _MAX_FAULTS and (not self.faults or self.faults[-1] != text):
             self.faults.append(text)
 

@@ -219,7 +219,7 @@ class Supervisor:
                     logger.info("%s: %s", who, event.text)
                 else:
                     logger.warning("%s: %s", who, event.text)
-                    self._findings.note_fault(event.text)
+                    self._findings.note_fault(event.text, is_error=event.kind is EventKind.ERROR)
         self._findings.take_timings(self._board.timings.drain())
         now_s = time.monotonic()
         if self._on_status is not None and (events or now_s - self._t_status_s > 0.05):

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -386,7 +387,9 @@ def test_realtime_offset_interrupted_measurement_keeps_the_last(monkeypatch):
     offset = RealtimeOffset()
     known_ns = offset.offset_ns
     times = iter([0, 10**9])
-    monkeypatch.setattr(piper_can.time, "monotonic_ns", lambda: next(times))
+    # This module's clock alone: threads of other tests' cameras look at the real one.
+    clock = SimpleNamespace(monotonic_ns=lambda: next(times), time_ns=time.time_ns)
+    monkeypatch.setattr(piper_can, "time", clock)
     assert not offset.measure()
     assert offset.offset_ns == known_ns
 
