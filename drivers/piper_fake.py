@@ -114,6 +114,7 @@ class FakePiper:
         self._t_next_ns: int | None = None
         self._n_steps = 0
         self._n_joint_frames = 0
+        self.reports_end_pose = True
         self._end_pose: list[codec.Frame] = []
         self._end_pose_mdeg: list[int] = []
 
@@ -311,7 +312,9 @@ class FakePiper:
             return []
         if faults.leader:
             return list(codec.encode_joints([round(q) for q in self.joint_mdeg]))
-        frames = [self._status(), *self._pose(), *self._joints(), self._gripper()]
+        frames = [self._status(), *self._joints(), self._gripper()]
+        if self.reports_end_pose:
+            frames[1:1] = self._pose()
         for j in range(N):
             fast = struct.pack(
                 ">hhi",

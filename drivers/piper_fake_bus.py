@@ -179,6 +179,8 @@ class FakeServer:
 
     def __init__(self, path: str, fake: FakePiper) -> None:
         self._fake = fake
+        # No client would get these frames; computing them takes time that the arm's joints need.
+        self._fake.reports_end_pose = False
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(path)
