@@ -65,7 +65,7 @@ class PiperUnit:
         self.firmware = "unknown"
         self.limits: PiperLimits | None = None
         self.n_dropped = 0
-        self.drifted = self.doubtful = False
+        self.drifted = self.doubtful = self._has_doubted = False
         self._options = options
         self._effort_mnm = round(options.gripper_effort_nm * 1000)
         self._clock = clock
@@ -93,7 +93,7 @@ class PiperUnit:
         self._t_drift_ns = self._t_compare_ns = 0
         self._silent_motors.clear()
         self._n_dropped_in_row = 0
-        self.drifted = self.doubtful = False
+        self.drifted = self.doubtful = self._has_doubted = False
         self._link = self._open_link()
         connect(self._port())
         self.firmware, drifts = check_firmware(self.feedback)
@@ -242,7 +242,8 @@ class PiperUnit:
             if self.feedback.t_fast_ns[j] < oldest_ns:
                 self._see_silent_motor(j)
                 continue
-            self.doubtful = self.doubtful or abs(motor - joint) > _DOUBT_RAD
+            if abs(motor - joint) > _DOUBT_RAD:
+                self._doubt(j, motor - joint)
             if abs(motor - joint) > _DRIFT_RAD:
                 if self._t_drift_ns == 0:
                     self._t_drift_ns = now_ns
@@ -252,6 +253,19 @@ class PiperUnit:
                     self._report_drift(j, motor - joint)
                 return
         self._t_drift_ns = 0
+
+    def _doubt(self, j: int, difference_rad: float) -> None:
+        """Follow the angles by no hold while this lasts; the guardian's would move the arm."""
+        self.doubtful = True
+        if not self._has_doubted:
+            self._has_doubted = True
+            logger.warning(
+                "%s: joint %d: its angle and its motor differ by %.1f deg; while such a difference "
+                "lasts, no hold follows the arm's angles, the guardian's included",
+                self.name,
+                j + 1,
+                math.degrees(difference_rad),
+            )
 
     def _see_silent_motor(self, j: int) -> None:
         """Say once that a joint's drift cannot be seen: an old value beside a new one is none."""

@@ -89,7 +89,7 @@ class MotorLoop:
         self._n_rejected = 0
         self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
         self._t_resume_ns = self._t_mode_ns = 0
-        self._wait_text = ""
+        self._hold_text = ""
         self._braking = False
         self._stop_now_seen = False
         self._stop_wanted = self._parking_begun = False
@@ -249,8 +249,8 @@ class MotorLoop:
         elif request is Request.PARK:
             self._follow_parking(now_ns)
         elif self._has_waited_too_long(now_ns):
-            text = f"{self._wait_text}; enter goes on once that is over"
-            self._hold(HoldReason.WAITED, text, now_ns)
+            why = "no usable plan came" if self.mode is Mode.ENABLED else self._hold_text
+            self._hold(HoldReason.WAITED, f"{why}; enter goes on once that is over", now_ns)
         elif self._words[Word.POLICY_CAMERA_STALL]:
             if self.mode in (Mode.APPROACH, Mode.RUN):
                 self._hold(HoldReason.CAMERA_STALL, "no usable camera frames", now_ns)
@@ -294,7 +294,6 @@ class MotorLoop:
             if self._options.synchronous:
                 return False
             limit_ns = max(limit_ns, _RESUME_LASTS_NS)
-            self._wait_text = "no usable plan came"
         elif self.mode is not Mode.HOLD or not self.hold_reason.ends_by_itself:
             return False
         return now_ns - self._t_mode_ns > limit_ns
@@ -364,7 +363,7 @@ class MotorLoop:
             self._schedule.stop(now_ns, self._limiter.position, self._limiter.velocity)
             self._limiter.retarget()
             self._pending = None
-            self._wait_text = text
+            self._hold_text = text
             if reason is not HoldReason.STOP:
                 self._words[Word.MOTOR_N_HOLDS] += 1
         self.hold_reason = reason

@@ -378,8 +378,10 @@ class Supervisor:
             if parking and self._board.request != Request.PARK:
                 parking = False
                 deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-        if parking and self._words[Word.MOTOR_MODE] == Mode.HOLD and self._options.robot.park:
-            self._collect()
+        self._collect()
+        if self._is_in_fault():  # on the way to a good end
+            self._findings.fail("fault", self._fault_text())
+        elif parking and self._words[Word.MOTOR_MODE] == Mode.HOLD and self._options.robot.park:
             why = self._findings.last_fault or "something stopped it"
             self._findings.fail("held", f"not parked: {why}")
         if motor.exitcode is None:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from gwp_edge.errors import SpecError
 
 FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 

@@ -431,13 +431,19 @@ def test_measurement_that_is_not_trusted_is_not_commanded(make_rig):
     assert rig.arm.sent[-1][0] - stuck > np.deg2rad(10.0)
 
 
-def test_way_back_ends_when_the_measurement_is_no_longer_trusted(make_rig):
+def on_the_way_back(make_rig):
+    """Return a rig whose command goes back to a blocked joint, and what ``block`` does."""
     rig = make_rig(start=-1.8)
     rig.run(1.8)
     stuck, ticks = block(rig)
     ticks(10)
     rig.words[Word.REQUEST] = Request.HOLD
     ticks(1000, until=lambda: rig.loop._pressure.going)
+    return rig, stuck, ticks
+
+
+def test_way_back_ends_when_the_measurement_is_no_longer_trusted(make_rig):
+    rig, stuck, ticks = on_the_way_back(make_rig)
     ticks(40)
     before = rig.arm.sent[-1][0] - stuck
     rig.arm.drifted = True
@@ -447,12 +453,7 @@ def test_way_back_ends_when_the_measurement_is_no_longer_trusted(make_rig):
 
 
 def test_estop_on_the_way_back_brakes_first(make_rig):
-    rig = make_rig(start=-1.8)
-    rig.run(1.8)
-    stuck, ticks = block(rig)
-    ticks(10)
-    rig.words[Word.REQUEST] = Request.HOLD
-    ticks(1000, until=lambda: rig.loop._pressure.going)
+    rig, stuck, ticks = on_the_way_back(make_rig)
     ticks(60)
     n_sent = len(rig.arm.sent)
     rig.words[Word.REQUEST] = Request.STOP_NOW

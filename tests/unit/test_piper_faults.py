@@ -458,7 +458,7 @@ def test_drift_on_other_firmware_warns_once(rig, caplog):
     assert caplog.text.count("the feedback has drifted") == 1
 
 
-def test_angles_that_differ_a_little_from_the_motors_are_doubted_while_they_do(rig):
+def test_angles_that_differ_a_little_from_the_motors_are_doubted_while_they_do(rig, caplog):
     """Too little for a drift; enough not to command the arm to where it is not."""
     rig.fake.faults.drift_mdeg[5] = 6_000
     state = rig.watch(30)
@@ -466,6 +466,7 @@ def test_angles_that_differ_a_little_from_the_motors_are_doubted_while_they_do(r
     assert state.fault is None
     with pytest.raises(DeviceError, match="joint angles have drifted"):
         rig.arm.hold()
+    assert caplog.text.count("joint 5: its angle and its motor differ by -6.0 deg") == 1
     rig.fake.faults.drift_mdeg.clear()
     assert not rig.watch(30).drifted
 

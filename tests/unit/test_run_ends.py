@@ -128,6 +128,15 @@ def test_parking_that_does_not_end_is_stopped_and_not_killed(a_run, monkeypatch)
     a_run.check_decelerated_and_holding()
 
 
+def test_fault_while_parking_is_not_reported_as_parked(a_run):
+    faults = [{"kind": "arm-fault", "at_s": 1.5}]
+    summary = a_run.start(faults=faults, **quit_then(a_run, lambda: None))
+    assert a_run.modes[-2:] == [Mode.PARK, Mode.FAULT]
+    assert (summary.outcome, summary.exit_code) == ("fault", 1)
+    assert "joint driver error" in summary.message
+    a_run.check_decelerated_and_holding()
+
+
 def test_parking_that_nobody_watches_is_not_reported_as_done(a_run):
     motor = dataclasses.replace(MOTOR, unwatched_ns=300_000_000)
     summary = a_run.start(motor=motor, **quit_then(a_run, lambda: time.sleep(2.0)))
