@@ -292,7 +292,8 @@ class Schedule:
     def _drop_ended(self, now_ns: int) -> None:
         """Take plans that are used up out of the mean, which must not jump by it."""
         t_ns = now_ns + self._lead_ns
-        live = [p for p in self._plans if not p.ended(t_ns)] or self._plans[-1:]
+        # The newest stays: one that slows down longer may end after it and must not follow it.
+        live = [p for p in self._plans[:-1] if not p.ended(t_ns)] + self._plans[-1:]
         if len(live) == len(self._plans):
             return
         position, velocity = self._at(now_ns)

@@ -32,6 +32,14 @@ def _chunk(seed: int, t_observed_ns: int, *, n_rows: int, offset: float, idx: in
 @settings(max_examples=60, deadline=None)
 # A used-up plan still in the ensemble when the next one came made a jump of 0.08 rad.
 @example(seed=0, n_rows=2, arrivals=[(10, 0, 0.0), (1, 0, 0.0)], blend="ensemble", lead_ms=0)
+# The newest plan ended first, was dropped, and the older one was in force again.
+@example(
+    seed=0,
+    n_rows=3,
+    arrivals=[(1, 10, 0.0), (14, 14, 0.0), (1, 84, 0.0)],
+    blend="ensemble",
+    lead_ms=0,
+)
 @given(
     seed=st.integers(0, 10**6),
     n_rows=st.integers(1, 48),
