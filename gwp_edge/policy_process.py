@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 
+from gwp_edge.camera_watch import CameraWatch
 from gwp_edge.child_process import die_with_parent, leave_terminal
 from gwp_edge.chunking import Guidance, frozen_rows
 from gwp_edge.clock import MonotonicClock
@@ -135,6 +136,7 @@ class _Runner:
         self._looked: tuple[int, tuple[int, ...]] = (0, ())
         self._cpu_ns = 0
         self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
+        self._watch = CameraWatch(self._watch_cameras, _LOOK_NS / 1e9)
 
     def run(self) -> None:
         """Check, warm up, then plan until told to stop."""
@@ -170,7 +172,8 @@ class _Runner:
                 continue
             self._t_last_observed_ns = observation.t_observed_ns
             t_built_ns, cpu_ns = self._clock.now_ns(), time.process_time_ns()
-            chunk = self._predict(observation)
+            with self._watch:
+                chunk = self._predict(observation)
             t_predicted_ns = self._clock.now_ns()
             self._cpu_ns = time.process_time_ns() - cpu_ns
             # Inference starts with the observation complete: a frame may come while it is built.
@@ -208,6 +211,22 @@ class _Runner:
         self._is_stale = False
         self._words[Word.POLICY_CAMERA_STALL] = 0
         return observation
+
+    def _watch_cameras(self, now_ns: int) -> None:
+        """Look during an inference: hold over a stall, and keep quiet about anything less."""
+        if self._words[Word.MOTOR_MODE] == Mode.CONNECTED:
+            return
+        try:
+            self._observer.observe(now_ns)
+        except StaleError as e:
+            if self._observer.is_stalled(now_ns) and not self._words[Word.POLICY_CAMERA_STALL]:
+                self._words[Word.POLICY_CAMERA_STALL] = 1
+                self._say(EventKind.WARNING, f"no usable frames during an inference: {e}")
+        except DeviceError:
+            self._words[Word.POLICY_CAMERA_STALL] = 1
+            raise
+        else:
+            self._words[Word.POLICY_CAMERA_STALL] = 0
 
     # Prediction
 
@@ -320,6 +339,7 @@ class _Runner:
             self._tap = None
 
     def close(self) -> None:
-        """Let go of the recorder's memory."""
+        """End the watch and let go of the recorder's memory."""
+        self._watch.close()
         if self._tap is not None:
             self._tap.close()

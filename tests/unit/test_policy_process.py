@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from gwp_edge.errors import DeviceError
 from gwp_edge.mailbox import Board
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_options import PolicyOptions, PolicySetup
@@ -29,8 +30,11 @@ class FreezingCamera:
 
     def __init__(self):
         self.frozen_at_ns = None
+        self.error = None
 
     def latest(self):
+        if self.error is not None:
+            raise self.error
         t_ns = self.frozen_at_ns or time.monotonic_ns()
         image = np.zeros((8, 8, 3), np.uint8)
         return Frame(
@@ -68,6 +72,7 @@ class Rig:
         self.motor.publish_state(state)
 
     def close(self):
+        self.runner.close()
         self.motor.close()
         self.board.close()
         self.board.unlink()
@@ -113,6 +118,83 @@ def test_cameras_are_watched_between_plans(make_rig, options):
     player.join()
     assert found == [True, True, True]
     assert rig.words[Word.POLICY_N_STALE] == 1
+
+
+class LongInference:
+    """Makes a runner's policy wait inside ``predict``, as for a GPU, until it is let go."""
+
+    def __init__(self, rig):
+        self.began, self.let_go, self.ended = (threading.Event() for _ in range(3))
+        predict = rig.runner._policy.predict
+
+        def wait(observation, **how):
+            if rig.words[Word.POLICY_PHASE] == PolicyPhase.READY:
+                self.began.set()
+                self.let_go.wait(30.0)
+                self.ended.set()
+            return predict(observation, **how)
+
+        rig.runner._policy.predict = wait
+
+
+def play_beside(rig, play):
+    """Run the loop with ``play`` beside it, which is to end it; return the loop's error or None."""
+    player = threading.Thread(target=play)
+    player.start()
+    try:
+        rig.runner.run()
+    except DeviceError as e:
+        return e
+    finally:
+        player.join()
+    return None
+
+
+def test_cameras_are_watched_during_an_inference(make_rig):
+    """A stall was once noticed after the inference only, which may take as long as the plan."""
+    rig = make_rig()
+    inference, found = LongInference(rig), []
+
+    def play():
+        found.append(inference.began.wait(30.0))
+        rig.camera.frozen_at_ns = time.monotonic_ns()
+        found.append(await_word(rig, Word.POLICY_CAMERA_STALL, 1))
+        frozen_s = (time.monotonic_ns() - rig.camera.frozen_at_ns) / 1e9
+        found.append(frozen_s > 0.8)
+        rig.camera.frozen_at_ns = None
+        found.append(await_word(rig, Word.POLICY_CAMERA_STALL, 0))
+        found.append(not inference.ended.is_set())
+        rig.words[Word.POLICY_STOP] = 1
+        inference.let_go.set()
+
+    assert play_beside(rig, play) is None
+    assert found == [True] * 5
+    said = [e.text for e in rig.motor.events["policy"].drain()]
+    assert sum("no usable frames during an inference" in text for text in said) == 1
+
+
+def test_camera_that_fails_during_an_inference_holds_at_once_and_ends_the_loop(make_rig):
+    rig = make_rig()
+    inference, found = LongInference(rig), []
+
+    def play():
+        found.append(inference.began.wait(30.0))
+        rig.camera.error = DeviceError("camera cam_high: unplugged")
+        found.append(await_word(rig, Word.POLICY_CAMERA_STALL, 1))
+        found.append(not inference.ended.is_set())
+        inference.let_go.set()
+
+    assert str(play_beside(rig, play)) == "camera cam_high: unplugged"
+    assert found == [True] * 3
+    assert rig.words[Word.POLICY_N_CHUNKS] == 0  # what it was computing is not published
+
+
+def test_cameras_may_be_late_while_the_arm_is_being_enabled(make_rig):
+    rig = make_rig()
+    rig.words[Word.MOTOR_MODE] = Mode.CONNECTED
+    rig.camera.frozen_at_ns = 1
+    rig.runner._watch_cameras(time.monotonic_ns())
+    assert rig.words[Word.POLICY_CAMERA_STALL] == 0
 
 
 def publish(rig, idx, value):
