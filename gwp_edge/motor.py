@@ -10,19 +10,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gwp_edge.agreement import Agreement
 from gwp_edge.arm_watch import ArmWatch, Need
 from gwp_edge.errors import DeviceError, SafetyFault
 from gwp_edge.mailbox import Board
 from gwp_edge.motor_options import MotorOptions
 from gwp_edge.plan_check import PlanCheck
 from gwp_edge.pressure import Pressure
-from gwp_edge.protocols import Arm, Clock, CurrentArm
-from gwp_edge.safety import Limiter, TrackingMonitor
+from gwp_edge.protocols import Arm, Clock
+from gwp_edge.safety import Limiter
 from gwp_edge.schedule import Acceptance, Schedule
 from gwp_edge.sender import Sender
 from gwp_edge.shared_memory import fence
 from gwp_edge.status import EventKind, HoldReason, Mode, Request, Word
 from gwp_edge.tick_log import TickLog
+from gwp_edge.tracking import TrackingMonitor
 from gwp_edge.types import ArmState, Chunk, FloatArray, JointLimits
 from gwp_edge.workspace import ArmInBox
 
@@ -33,8 +35,6 @@ _STANDING_TICKS = 3
 _APPROACHED_RAD = np.deg2rad(2.0)
 _APPROACHED_M = 0.005
 _WARN_EVERY_NS = 1_000_000_000
-# A start or an enter that is not followed by then must not move the arm when nobody thinks of it.
-_RESUME_LASTS_NS = 10_000_000_000
 
 
 class MotorLoop:
@@ -56,7 +56,6 @@ class MotorLoop:
         park: FloatArray | None = None,
         workspace: Sequence[ArmInBox] = (),
     ) -> None:
-        self._current_arm = arm if isinstance(arm, CurrentArm) else None
         self._board = board
         self._words = board.words
         self._clock = clock
@@ -74,7 +73,7 @@ class MotorLoop:
         self._schedule = Schedule(
             limits, lead_ns=options.lead_ns, blend=options.blend, rebase=options.synchronous
         )
-        self._tracking = TrackingMonitor(channels)
+        self._tracking = TrackingMonitor(arm)
         self._pressure = Pressure(channels, period_ns=options.period_ns)
         self._is_rad = np.array([c.unit == "rad" for c in channels])
         self._approached = np.where(self._is_rad, _APPROACHED_RAD, _APPROACHED_M)
@@ -87,8 +86,8 @@ class MotorLoop:
         self._n_standing = 0
         self._plans = PlanCheck(board, self._limiter)
         self._n_rejected = 0
-        self._resume_count = self._resume_seen = self._words[Word.RESUME_COUNT]
-        self._t_resume_ns = self._t_mode_ns = 0
+        self._agreement = Agreement(board, options)
+        self._t_mode_ns = 0
         self._hold_text = ""
         self._braking = False
         self._stop_now_seen = False
@@ -233,7 +232,10 @@ class MotorLoop:
         if self.mode is Mode.FAULT:
             return
         if request < Request.PARK:
-            self._see_resume(now_ns)
+            is_awaited = self.mode is Mode.HOLD and not self.hold_reason.ends_by_itself
+            in_vain = self._agreement.see(now_ns, awaited=is_awaited)
+            if in_vain is not None:
+                self._say(EventKind.WARNING, in_vain)
         if request is Request.STOP_NOW:
             if not self._stop_now_seen:
                 self._stop_now_seen = self._braking = True
@@ -248,7 +250,7 @@ class MotorLoop:
             self._hold(HoldReason.UNWATCHED, text, now_ns)
         elif request is Request.PARK:
             self._follow_parking(now_ns)
-        elif self._has_waited_too_long(now_ns):
+        elif self._agreement.is_missing(now_ns, self.mode, self.hold_reason, self._t_mode_ns):
             why = "no usable plan came" if self.mode is Mode.ENABLED else self._hold_text
             self._hold(HoldReason.WAITED, f"{why}; enter goes on once that is over", now_ns)
         elif self._words[Word.POLICY_CAMERA_STALL]:
@@ -258,24 +260,6 @@ class MotorLoop:
             self._try_to_start(now_ns)
         self._advance_mode(now_ns)
 
-    def _see_resume(self, now_ns: int) -> None:
-        count = self._words[Word.RESUME_COUNT]
-        if count != self._resume_seen:
-            self._resume_seen = count
-            self._t_resume_ns = now_ns
-        if self.mode is not Mode.HOLD or count == self._resume_count:
-            return
-        if self.hold_reason.ends_by_itself:
-            return  # it goes on anyway, enter or not
-        if self._words[Word.POLICY_CAMERA_STALL]:
-            why = "there are no usable camera frames"
-        elif now_ns - self._t_resume_ns > _RESUME_LASTS_NS:
-            why = f"no plan came for {_RESUME_LASTS_NS // 1_000_000_000} s"
-        else:
-            return
-        self._resume_count = count
-        self._say(EventKind.WARNING, f"enter was not followed, {why}; press it again later")
-
     def _is_unwatched(self, now_ns: int) -> bool:
         t_alive_ns = self._words[Word.SUPERVISOR_HEARTBEAT_NS]
         return (
@@ -284,31 +268,12 @@ class MotorLoop:
             and now_ns - t_alive_ns > self._options.unwatched_ns
         )
 
-    def _has_waited_too_long(self, now_ns: int) -> bool:
-        """Whether starting now would be a surprise: somebody may have come near by now."""
-        limit_ns = self._options.resume_ns
-        if limit_ns is None or self._is_agreed(now_ns):
-            return False
-        if self.mode is Mode.ENABLED:
-            # The first plan of a slow policy that the arm waits for anyway is no surprise.
-            if self._options.synchronous:
-                return False
-            limit_ns = max(limit_ns, _RESUME_LASTS_NS)
-        elif self.mode is not Mode.HOLD or not self.hold_reason.ends_by_itself:
-            return False
-        return now_ns - self._t_mode_ns > limit_ns
-
-    def _is_agreed(self, now_ns: int) -> bool:
-        """Whether enter was pressed a moment ago and has not been used up."""
-        is_pressed = self._words[Word.RESUME_COUNT] != self._resume_count
-        return is_pressed and now_ns - self._t_resume_ns <= _RESUME_LASTS_NS
-
     def _try_to_start(self, now_ns: int) -> None:
         """Begin an approach from ENABLED or a hold that may end, with a plan made since then."""
         if self.mode not in (Mode.ENABLED, Mode.HOLD) or self._n_standing < _STANDING_TICKS:
             return
-        resumed = self._words[Word.RESUME_COUNT] != self._resume_count
-        if self.mode is Mode.HOLD and not (self.hold_reason.ends_by_itself or resumed):
+        goes_on = self.hold_reason.ends_by_itself or self._agreement.is_given
+        if self.mode is Mode.HOLD and not goes_on:
             return
         chunk = self._pending
         if chunk is None or chunk.t_observed_ns < self._t_standing_ns:
@@ -318,7 +283,7 @@ class MotorLoop:
         if result is not Acceptance.ACCEPTED:
             self._reject(chunk, result)
             return
-        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._agreement.use_up()
         self._limiter.set_speed_limit(self._options.approach_rad_s, self._options.approach_m_s)
         self._tracking.reset()
         self._set_mode(Mode.APPROACH)
@@ -367,7 +332,7 @@ class MotorLoop:
             if reason is not HoldReason.STOP:
                 self._words[Word.MOTOR_N_HOLDS] += 1
         self.hold_reason = reason
-        self._resume_count = self._words[Word.RESUME_COUNT]
+        self._agreement.use_up()
         self._words[Word.MOTOR_HOLD_REASON] = int(reason)
         is_wanted = reason in (HoldReason.STOP, HoldReason.OPERATOR)
         self._say(EventKind.INFO if is_wanted else EventKind.WARNING, f"hold: {text}")
@@ -437,17 +402,9 @@ class MotorLoop:
             return
         lost = self._tracking.check(command, self._feedback.position, now_ns)
         if lost is not None:
-            self._hold(HoldReason.TRACKING, lost + self._currents(), now_ns)
+            self._hold(HoldReason.TRACKING, lost, now_ns)
         if self.mode in (Mode.HOLD, Mode.PARK, Mode.FAULT):
             self._relieve(command, now_ns)
-
-    def _currents(self) -> str:
-        """Return what tells an obstacle from a joint that does not try, as far as the arm knows."""
-        if self._current_arm is None:
-            return ""
-        current_a = np.abs(self._current_arm.current_a)
-        own_a = current_a[self._tracking.worst_idx]
-        return "" if np.isnan(own_a) else f" (its motor takes {own_a:.1f} A)"
 
     def _relieve(self, command: FloatArray, now_ns: int) -> None:
         """Once the command stands, take it back to where the arm is on joints that press."""

@@ -1,4 +1,4 @@
-"""The last word on every command: finite, then position, velocity, acceleration, tracking.
+"""The last word on every command: finite, then position, velocity, acceleration.
 
 Pure: no clock, no device. Non-finite or absurd targets are rejected whole, and the arm brakes;
 they are never clipped, because NaN passes through clamps and an absurd target is not a wish.
@@ -33,8 +33,6 @@ REJECT_BEYOND_RAD: Final = math.radians(20.0)
 REJECT_BEYOND_M: Final = 0.05
 # A target beyond a limit by the margin or so is that of a joint on its stop; farther is no habit.
 OUTSIDE_RAD: Final = math.radians(5.0)
-TRACKING_ERROR_RAD: Final = math.radians(10.0)
-TRACKING_TIME_S: Final = 0.2
 
 
 def with_margin(
@@ -372,47 +370,3 @@ def _draw_in(j: _Joint) -> None:
         j.ceiling = max(j.high, j.p)
     if j.floor < j.low:
         j.floor = min(j.low, j.p)
-
-
-class TrackingMonitor:
-    """Tells when the arm does not follow: a joint away from its command for too long.
-
-    Grippers (channels in metres) do not count: holding an object is not following the command.
-    Threads: one owner.
-
-    Attributes:
-        worst_idx: the channel that was farthest off when it told so last.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[Channel],
-        *,
-        error_rad: float = TRACKING_ERROR_RAD,
-        time_s: float = TRACKING_TIME_S,
-    ) -> None:
-        self._names = [c.name for c in channels]
-        self._allowed = np.array([error_rad if c.unit == "rad" else math.inf for c in channels])
-        self._time_ns = round(time_s * 1e9)
-        self._since_ns: int | None = None
-        self.worst_idx = 0
-
-    def reset(self) -> None:
-        """Begin anew."""
-        self._since_ns = None
-
-    def check(self, command: FloatArray, measured: FloatArray, now_ns: int) -> str | None:
-        """Return one line when a joint has been off for too long, else None."""
-        error = np.abs(command - measured)
-        if (error <= self._allowed).all():
-            self._since_ns = None
-            return None
-        if self._since_ns is None:
-            self._since_ns = now_ns
-        if now_ns - self._since_ns < self._time_ns:
-            return None
-        i = self.worst_idx = int(np.argmax(np.where(np.isfinite(self._allowed), error, -1.0)))
-        return (
-            f"{self._names[i]} does not follow: commanded {command[i]:.3f} rad, measured "
-            f"{measured[i]:.3f} rad for {self._time_ns / 1e9:.1f} s; is it blocked or overloaded?"
-        )
