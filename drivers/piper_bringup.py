@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers import piper_words
 from gwp_edge.drivers.piper_can import CanBusyError
 from gwp_edge.drivers.piper_feedback import (
     ALL_ENABLED,
     ERR_CONTROLLER,
     ERR_PROTOCOL,
-    MODE_WORDS,
     SILENCE_NS,
     PiperFeedback,
 )
@@ -172,7 +172,7 @@ def check_ready(feedback: PiperFeedback) -> None:
             "stop it, or give each arm its own CAN adapter"
         )
     if feedback.mode not in (codec.MODE_STANDBY, codec.MODE_CAN):
-        words = MODE_WORDS.get(feedback.mode, f"unknown control mode {feedback.mode}")
+        words = piper_words.mode(feedback.mode)
         raise DeviceError(f"{feedback.name}: the arm is in {words}")
 
 

@@ -181,8 +181,10 @@ def encode_gripper(
         code: 0 disable, 1 enable, 2 disable and clear, 3 enable and clear.
         set_zero: make the present opening the zero; only with a disabling code.
     """
-    _within(effort_mnm, 0, GRIPPER_EFFORT_CAP_MNM, "gripper effort in 0.001 N.m")
-    _within(code, 0, 3, "gripper code")
+    # At every tick; the layout itself refuses what is no whole number.
+    if not (0 <= effort_mnm <= GRIPPER_EFFORT_CAP_MNM and 0 <= code <= 3):
+        _within(effort_mnm, 0, GRIPPER_EFFORT_CAP_MNM, "gripper effort in 0.001 N.m")
+        _within(code, 0, 3, "gripper code")
     if set_zero and code not in (GRIPPER_DISABLE, GRIPPER_DISABLE_CLEAR):
         raise SafetyFault("PiPER gripper: zero may be set only while it is disabled")
     return _pack(_GRIPPER, ID_GRIPPER, stroke_um, effort_mnm, code, _VALID if set_zero else 0)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from struct import Struct
 
 from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers import piper_words
+from gwp_edge.drivers.piper_words import DRIVER_FAULT, GRIPPER_FAULT
 
 N = codec.N_JOINTS
 
@@ -26,68 +28,9 @@ CAN_ERR_FLAG = 0x20000000
 ERR_TX_TIMEOUT, ERR_CONTROLLER, ERR_PROTOCOL = 0x01, 0x04, 0x08
 ERR_NO_ACK, ERR_BUS_OFF, ERR_RESTARTED = 0x20, 0x40, 0x100
 
-MODE_WORDS = {
-    codec.MODE_STANDBY: "standby: the arm does not follow commands",
-    codec.MODE_TEACH: (
-        "teach mode: someone pressed the teach button; press it again to leave it; if it stays, "
-        "support the arm (a reset drops it) and reset it with the vendor's tool"
-    ),
-    3: "ethernet control: switch the arm to CAN in the vendor's tool",
-    4: "wifi control: switch the arm to CAN in the vendor's tool",
-    5: "remote control: switch the remote control off",
-    codec.MODE_LINKAGE: (
-        "leader (linkage teaching input) role: make it a follower in the vendor's tool and "
-        "switch its power off and on"
-    ),
-    7: "offline trajectory mode: end the trajectory in the vendor's tool",
-}
-
-STATUS_WORDS = {
-    1: (
-        "emergency stop: find out why, support the arm (a reset drops it), reset it with the "
-        "vendor's tool and start again"
-    ),
-    2: "no solution for the target",
-    3: "singular position",
-    4: "a target is over the arm's own angle limit",
-    5: "a joint does not answer the controller: check the arm's inner cable",
-    6: "a joint's brake is not released",
-    7: (
-        "collision detected, the arm is frozen: free it, support it (a reset drops it) and reset "
-        "it with the vendor's tool"
-    ),
-    8: "too fast while being dragged in teach mode",
-    9: "a joint reports an abnormal state",
-    10: "the controller reports an error without a name",
-    11: "a teach recording is running: end it with the teach button",
-    12: "a taught trajectory is running: end it with the teach button",
-    13: "a taught trajectory is paused: end it with the teach button",
-    14: "the controller is too hot: switch off and let it cool",
-    15: "the brake resistor is too hot: switch off and let it cool",
-}
 # These pass by themselves; every other status stays until the arm is opened again.
 _PASSING_STATUS = frozenset({2, 3, 4})
 
-# Bits of the drivers' status byte; 6 (enabled) is not a fault.
-_DRIVER_WORDS = {
-    0: "supply voltage too low: check the power supply",
-    1: "motor too hot: let it cool",
-    2: "driver over current",
-    3: "driver too hot: let it cool",
-    4: "collision detected",
-    5: "driver error",
-    7: "motor stalled: something blocks it",
-}
-_DRIVER_FAULT = 0b1011_1111
-_GRIPPER_WORDS = {
-    0: "supply voltage too low: check the power supply",
-    1: "motor too hot: let it cool",
-    2: "driver over current",
-    3: "driver too hot: let it cool",
-    4: "sensor error",
-    5: "driver error",
-}
-_GRIPPER_FAULT = 0b0011_1111
 _ENABLED = 0b0100_0000
 _FAST_JOINT = {can_id: j for j, can_id in enumerate(codec.ID_MOTOR_FAST)}
 _PART = {can_id: part for part, can_id in enumerate(codec.ID_JOINT_FEEDBACK)}
@@ -95,14 +38,6 @@ _PAIR, _SIX = Struct(">ii"), Struct(">6i")
 _FAST = Struct(">hhi")
 _FAST_SPEEDS = Struct(">" + "h6x" * N)
 ALL_ENABLED = (1 << N) - 1
-
-
-def _bits(value: int, words: dict[int, str]) -> str:
-    return ", ".join(text for bit, text in words.items() if value >> bit & 1)
-
-
-def _joints(mask: int) -> str:
-    return ", ".join(f"joint {j + 1}" for j in range(N) if mask >> j & 1)
 
 
 class PiperFeedback:
@@ -121,6 +56,45 @@ class PiperFeedback:
         latched: the first lasting fault since ``reset``, or None.
         stop_streaming: a lasting fault after which nothing may be sent any more.
     """
+
+    # More attributes than Python keeps in an object's own table; they are read at every tick.
+    __slots__ = (
+        "_fast",
+        "_part",
+        "_part_new",
+        "_part_t_ns",
+        "_passing",
+        "acceleration_crad_s2",
+        "arm_status",
+        "armed",
+        "bus_off",
+        "enabled_mask",
+        "error_classes",
+        "firmware_text",
+        "foreign_command",
+        "gripper_enabled",
+        "gripper_parameter",
+        "gripper_um",
+        "joint_mdeg",
+        "joint_rad",
+        "latched",
+        "leader_seen",
+        "limits",
+        "mode",
+        "move_mode",
+        "n_bad",
+        "n_error_frames",
+        "n_frames",
+        "n_poses",
+        "n_restarts",
+        "name",
+        "stop_streaming",
+        "t_fast_ns",
+        "t_gripper_ns",
+        "t_pose_ns",
+        "t_slow_ns",
+        "t_status_ns",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -239,19 +213,20 @@ class PiperFeedback:
         over, silent = fields[6], fields[7]
         self._passing = None
         if over & ALL_ENABLED:
-            self._passing = f"{_joints(over)} is at its angle limit"
+            self._passing = f"{piper_words.joints(over)} is at its angle limit"
         if silent & ALL_ENABLED:
             self.latch(
-                f"{_joints(silent)} does not answer the controller: check the arm's inner cable"
+                f"{piper_words.joints(silent)} does not answer the controller: check the arm's "
+                "inner cable"
             )
         if self.arm_status:
-            words = STATUS_WORDS.get(self.arm_status, f"unknown arm status {self.arm_status}")
+            words = piper_words.status(self.arm_status)
             if self.arm_status in _PASSING_STATUS:
                 self._passing = words
             else:
                 self.latch(words)
         if self.armed and self.mode != codec.MODE_CAN:
-            words = MODE_WORDS.get(self.mode, f"unknown control mode {self.mode}")
+            words = piper_words.mode(self.mode)
             self.latch(
                 f"the arm left CAN control, streaming stopped; it is in {words}",
                 stop_streaming=True,
@@ -264,8 +239,8 @@ class PiperFeedback:
         self.gripper_um = fields[0]
         self.t_gripper_ns = t_ns
         status = fields[2]
-        if status & _GRIPPER_FAULT:
-            self.latch(f"gripper: {_bits(status, _GRIPPER_WORDS)}")
+        if status & GRIPPER_FAULT:
+            self.latch(f"gripper: {piper_words.gripper(status)}")
         enabled = bool(status & _ENABLED)
         if self.armed and not enabled:
             self.latch("gripper: its motor lost power or was disabled from elsewhere")
@@ -273,8 +248,8 @@ class PiperFeedback:
 
     def _take_slow(self, j: int, status: int, t_ns: int) -> None:
         self.t_slow_ns[j] = t_ns
-        if status & _DRIVER_FAULT:
-            self.latch(f"joint {j + 1}: {_bits(status, _DRIVER_WORDS)}")
+        if status & DRIVER_FAULT:
+            self.latch(f"joint {j + 1}: {piper_words.driver(status)}")
         if status & _ENABLED:
             self.enabled_mask |= 1 << j
             return

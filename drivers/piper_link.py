@@ -55,7 +55,7 @@ def make_command(joint_mdeg: Sequence[int], gripper: tuple[int, int] | None) -> 
     frames: tuple[codec.Frame, ...] = codec.encode_joints(joint_mdeg)
     if gripper is not None:
         frames = (*frames, codec.encode_gripper(*gripper))
-    return Command(joint_mdeg=tuple(joint_mdeg), gripper=gripper, frames=frames)
+    return Command(tuple(joint_mdeg), gripper, frames)
 
 
 class PiperLink(Protocol):

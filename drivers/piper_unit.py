@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 
 from gwp_edge.drivers import piper_codec as codec
+from gwp_edge.drivers import piper_words
 from gwp_edge.drivers.piper_bringup import Port, bus_off_error, check_alone, connect, enable
 from gwp_edge.drivers.piper_can import CanBusyError
 from gwp_edge.drivers.piper_feedback import (
     ALL_ENABLED,
-    MODE_WORDS,
     SILENCE_NS,
     PiperFeedback,
 )
@@ -354,7 +354,7 @@ class PiperUnit:
         self.poll(now_ns)
         feedback = self.feedback
         if feedback.mode != codec.MODE_CAN:
-            words = MODE_WORDS.get(feedback.mode, f"unknown control mode {feedback.mode}")
+            words = piper_words.mode(feedback.mode)
             raise DeviceError(f"{self.name}: nothing to hold, the arm is in {words}")
         if self._held is None:
             if self.drifted or self.doubtful:

@@ -72,7 +72,7 @@ class _Batch:
 
     def renew(self, n: int) -> None:
         """Undo what the kernel wrote for ``n`` packets: no old stamp may pass for a new one."""
-        if self._control_bytes and n:
+        if n:
             ctypes.memmove(self.address, self._template, n * ctypes.sizeof(_BatchHeader))
             self.control[: n * self._control_bytes] = bytes(n * self._control_bytes)
 
@@ -131,7 +131,8 @@ class SocketBatch:
             OSError: the call failed otherwise than by finding nothing.
             EOFError: the other side has closed.
         """
-        self._in.renew(self._n_last)
+        if self._stamps:
+            self._in.renew(self._n_last)
         # What a failing call wrote is unknown.
         self._n_last = self._n_receive
         n: int = self._recvmmsg(self._fd, self._in.address, self._n_receive, _MSG_DONTWAIT, None)

@@ -167,7 +167,7 @@ _FLOAT64 = np.dtype(np.float64)
 
 
 def _is_frozen(array: object) -> bool:
-    return type(array) is np.ndarray and array.dtype == _FLOAT64 and not array.flags.writeable
+    return type(array) is np.ndarray and array.dtype is _FLOAT64 and not array.flags.writeable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
