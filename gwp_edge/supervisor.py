@@ -14,11 +14,11 @@ from gwp_edge.operator_input import Key, SignalInput
 from gwp_edge.preflight import check_memory
 from gwp_edge.preflight_machine import check_machine
 from gwp_edge.protocols import World
-from gwp_edge.run_options import KeySource, RunOptions, RunStatus, StatusCallback
+from gwp_edge.run_monitor import RunMonitor
+from gwp_edge.run_options import KeySource, RunOptions, StatusCallback
 from gwp_edge.run_processes import RunProcesses
 from gwp_edge.run_report import Findings
-from gwp_edge.status import Event, EventKind, HoldReason, Mode, PolicyPhase, Request, Word
-from gwp_edge.telemetry import CheckResult
+from gwp_edge.status import HoldReason, Mode, PolicyPhase, Request, Word
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,11 @@ class Supervisor:
         self._words = board.words
         self._world = world
         self._findings = findings
-        self._on_status = on_status
         self._keys = keys
         self._signals = signals
         self._processes = RunProcesses(options, board)
-        self._t_run_s: float | None = None
+        self._monitor = RunMonitor(board, self._processes, findings, on_status)
         self._t_hold_s: float | None = None
-        self._t_status_s = 0.0
         self._n_guardian_silent = 0
         self._hold_first = self._has_interrupted = False
 
@@ -85,7 +83,7 @@ class Supervisor:
         if not self._processes.start(extra) and not self._options.motor.dry_run:
             self._findings.note_fault("no guardian: a killed motor process leaves its last target")
         for result in (check_memory(), *check_machine(self._options.robot)):
-            self._take_check(result)
+            self._monitor.take_check(result)
 
     def _prepare(self) -> bool:
         """Wait for checks and connections, then enable; return False when the run is over."""
@@ -104,7 +102,7 @@ class Supervisor:
                 )
                 return False
         # The last lines were written before the word that ended the wait, and may be unread still.
-        self._collect()
+        self._monitor.collect()
         if self._findings.ended:
             return False  # what shows the run failed over them: nothing is powered
         names = {c.name for c in self._findings.checks}
@@ -137,10 +135,9 @@ class Supervisor:
         while self._step():
             mode = Mode(self._words[Word.MOTOR_MODE])
             now_s = time.monotonic()
-            if self._t_run_s is None and mode in (Mode.APPROACH, Mode.RUN):
-                self._t_run_s = now_s
+            if self._findings.t_run_s is None and mode in (Mode.APPROACH, Mode.RUN):
                 self._findings.t_run_s = now_s
-            if duration_s is not None and now_s - (self._t_run_s or now_s) >= duration_s:
+            if duration_s is not None and now_s - (self._findings.t_run_s or now_s) >= duration_s:
                 self._end_by_duration(mode, duration_s)
                 return
             if self._hold_lasts_too_long(mode, now_s):
@@ -171,7 +168,7 @@ class Supervisor:
             timeout_s = 0.0
         if now_s - self._t_hold_s < timeout_s:
             return False
-        self._collect()  # the hold's reason may be said only now
+        self._monitor.collect()  # the hold's reason may be said only now
         text = self._findings.last_fault or "no usable plan came"
         if mode is Mode.RUN:  # it waits for a plan, and whatever was said last is another story
             text = f"no plan for {timeout_s:.0f} s, the policy hangs; the arm stands"
@@ -202,60 +199,7 @@ class Supervisor:
     def _turn(self) -> None:
         time.sleep(_POLL_S)
         self._words[Word.SUPERVISOR_HEARTBEAT_NS] = time.monotonic_ns()
-        self._collect()
-
-    def _collect(self) -> None:
-        events: list[Event] = []
-        for who, ring in self._board.events.items():
-            for event in ring.drain():
-                events.append(event)
-                if who == "policy":
-                    self._findings.take_health(event.text)
-                if event.kind in (EventKind.CHECK_PASSED, EventKind.CHECK_FAILED):
-                    name, _, detail = event.text.partition(": ")
-                    passed = event.kind is EventKind.CHECK_PASSED
-                    self._take_check(CheckResult(name=name, passed=passed, detail=detail))
-                elif event.kind is EventKind.INFO:
-                    logger.info("%s: %s", who, event.text)
-                else:
-                    logger.warning("%s: %s", who, event.text)
-                    self._findings.note_fault(event.text, is_error=event.kind is EventKind.ERROR)
-        self._findings.take_timings(self._board.timings.drain())
-        now_s = time.monotonic()
-        if self._on_status is not None and (events or now_s - self._t_status_s > 0.05):
-            self._t_status_s = now_s
-            self._show(self._on_status, self._status(tuple(events)))
-
-    def _show(self, on_status: StatusCallback, status: RunStatus) -> None:
-        try:
-            on_status(status)
-        except Exception as e:  # somebody else's code, above a moving arm: it must come to rest
-            self._on_status = None
-            text = f"the run can no longer be shown ({type(e).__name__}: {e})"
-            logger.exception("%s", text)
-            self._findings.note_fault(text)
-            self._findings.end("crashed", text)
-
-    def _take_check(self, result: CheckResult) -> None:
-        self._findings.checks.append(result)
-        logger.info("check %s: %s: %s", result.name, result.passed, result.detail)
-
-    def _status(self, events: tuple[Event, ...]) -> RunStatus:
-        words = self._words
-        pids = self._processes.pids
-        return RunStatus(
-            mode=Mode(words[Word.MOTOR_MODE]),
-            hold_reason=HoldReason(words[Word.MOTOR_HOLD_REASON]),
-            phase=PolicyPhase(words[Word.POLICY_PHASE]),
-            run_s=0.0 if self._t_run_s is None else time.monotonic() - self._t_run_s,
-            n_chunks=words[Word.POLICY_N_CHUNKS],
-            n_ticks=words[Word.MOTOR_N_TICKS],
-            n_missed=words[Word.MOTOR_N_MISSED],
-            events=events,
-            motor_pid=pids.get("motor", 0),
-            policy_pid=pids.get("policy", 0),
-            guardian_pid=pids.get("guardian", 0),
-        )
+        self._monitor.collect()
 
     def _see_processes(self) -> bool:
         ended = self._processes.ended()
@@ -264,7 +208,7 @@ class Supervisor:
         name, code = ended
         # A line that the process wrote just before its end says more than the exit code.
         time.sleep(_POLL_S)
-        self._collect()
+        self._monitor.collect()
         if name == "motor" and code == 0 and self._words[Word.MOTOR_ENDED]:
             if self._words[Word.GUARDIAN_TRIPPED_NS] or self._is_in_fault():
                 self._findings.end("fault", self._fault_text())
@@ -288,7 +232,7 @@ class Supervisor:
             return False
         # The process writes its line before or after its mode; give it a moment.
         time.sleep(_POLL_S)
-        self._collect()
+        self._monitor.collect()
         motor = self._processes.motor
         if motor is not None and motor.exitcode not in (None, 0):
             return self._see_processes()
@@ -378,7 +322,7 @@ class Supervisor:
             if parking and self._board.request != Request.PARK:
                 parking = False
                 deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-        self._collect()
+        self._monitor.collect()
         if self._is_in_fault():  # on the way to a good end
             self._findings.fail("fault", self._fault_text())
         elif parking and self._words[Word.MOTOR_MODE] == Mode.HOLD and self._options.robot.park:
@@ -429,7 +373,7 @@ class Supervisor:
             if not self._words[Word.MOTOR_ARMED] and not self._words[Word.GUARDIAN_TRIPPED_NS]:
                 break
             time.sleep(_POLL_S / 2)
-            self._collect()
+            self._monitor.collect()
         self._words[Word.GUARDIAN_STOP] = 1
 
     def _note_standing(self) -> None:
@@ -451,5 +395,5 @@ class Supervisor:
 
     def _end_processes(self) -> None:
         self._processes.end()
-        self._on_status = None
-        self._collect()
+        self._monitor.close()
+        self._monitor.collect()
