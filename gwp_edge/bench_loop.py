@@ -191,6 +191,7 @@ def measure_loop(
     Raises:
         SpecError: a number is out of range.
         DeviceError: the run did not get going or did not end well.
+        KeyboardInterrupt: a signal ended it.
     """
     if not 1.0 <= duration_s <= 3600.0 or not 1 <= n_kills <= 10_000:
         raise SpecError(
@@ -209,7 +210,12 @@ def measure_loop(
 
         def on_status(status: RunStatus) -> None:
             if not bare and status.mode is Mode.RUN:
-                bare.append(subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE))
+                # Away from the terminal: Ctrl-C must not end it before the run that it runs beside.
+                bare.append(
+                    subprocess.Popen(
+                        [*command, *arguments], stdout=subprocess.PIPE, start_new_session=True
+                    )
+                )
 
         with FakeProcess(str(folder / "left")) as left, FakeProcess(str(folder / "right")) as right:
             options = _run_options(
@@ -220,10 +226,13 @@ def measure_loop(
                 patience_ns=round(patience_s * 1e9),
             )
             summary = run(options, on_status=on_status)
-        if summary.exit_code or not bare or summary.lateness_us is None:
+        is_interrupted = summary.outcome in ("interrupted", "terminated")
+        if is_interrupted or summary.exit_code or not bare or summary.lateness_us is None:
             for process in bare:
                 process.kill()
-                process.wait()
+                process.communicate()
+            if is_interrupted:
+                raise KeyboardInterrupt
             raise DeviceError(f"the benchmark's run ended badly: {summary.message}")
         output, _ = bare[0].communicate()
     told = json.loads(output)

@@ -219,6 +219,8 @@ class _Session:
             summary = run(self._options, on_status=life.on_status, keys=life.key)
             self._n_runs += 1
             self._close(life, summary)
+            if summary.outcome in ("interrupted", "terminated") and not life.expects(summary):
+                raise KeyboardInterrupt  # of the person who runs the soak
 
     def _close(self, life: Life, summary: RunSummary) -> None:
         self._wait_until_still(summary)

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Final
 
@@ -34,6 +35,10 @@ def start_shielded(process: BaseProcess) -> None:
     # A mask is inherited, a handler is not: until the child's own code runs, nothing else helps.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FROM_OUTSIDE)
     try:
+        # A program's first process brings the tracker with it, whose start unblocks SIGINT and
+        # SIGTERM; so it comes first, and then everything is blocked again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, FROM_OUTSIDE)
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -110,7 +110,9 @@ class Findings:
         outcome = self._outcome or "crashed"
         message = self._message or "the run ended for no known reason"
         line = f"{message}; {self.standing}" if self.standing else message
-        return outcome, 0 if outcome in _ENDED_WELL else 1, line, self._run_s
+        # Ended before the first motion, however willingly, it did not do what it was started for.
+        is_good = outcome in _ENDED_WELL and self.t_run_s is not None
+        return outcome, 0 if is_good else 1, line, self._run_s
 
 
 def summarise(board: Board, spec: PolicySpec, findings: Findings) -> RunSummary:

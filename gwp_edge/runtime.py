@@ -64,18 +64,20 @@ def run(
     findings = Findings()
     recorder: Recorder | None = None
     try:
-        if options.record is not None:
-            recorder = _start_recorder(options, options.record, board)
-            policy = dataclasses.replace(options.policy, tap=recorder.tap_name)
-            options = dataclasses.replace(options, policy=policy)
-            on_status = _watch_recorder(recorder, findings, on_status)
-        if watcher is not None:
-            watcher.begin(board.name)
+        # Around the recorder too: a signal that ended this process while it starts would leave its
+        # memory and half a session behind.
         with SignalInput(board.ask_at_once) as signals:
+            if options.record is not None:
+                recorder = _start_recorder(options, options.record, board)
+                policy = dataclasses.replace(options.policy, tap=recorder.tap_name)
+                options = dataclasses.replace(options, policy=policy)
+                on_status = _watch_recorder(recorder, findings, on_status)
+            if watcher is not None:
+                watcher.begin(board.name)
             Supervisor(options, board, world, findings, on_status, keys, signals).run()
-        if recorder is not None:
-            for problem in recorder.stop():
-                findings.note_fault(problem)
+            if recorder is not None:
+                for problem in recorder.stop():
+                    findings.note_fault(problem)
         return summarise(board, options.spec, findings)
     finally:
         if watcher is not None:

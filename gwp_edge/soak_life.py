@@ -225,6 +225,10 @@ class Life:
         else:
             self.problems.append(f"{name}: {text}")
 
+    def expects(self, summary: RunSummary) -> bool:
+        """Whether the fault in progress ends a run as ``summary`` says."""
+        return self._kind is not None and summary.outcome in self._kind.outcomes
+
     def finish(self, summary: RunSummary, seen: Sequence[Testimony]) -> None:
         """Judge the end of the run; the arms have come to rest, or that was noted."""
         kind = self._kind
@@ -236,7 +240,7 @@ class Life:
             self._complain(f"ended the run: {summary.message}")
             self.outcomes.append(Outcome(kind=kind, hold_s=self._hold_s))
             return
-        if summary.outcome not in kind.outcomes:
+        if not self.expects(summary):
             self._complain(f"the run ended as {summary.outcome}: {summary.message}")
         self._note_hold(kind, seen)
         self.outcomes.append(Outcome(kind=kind, hold_s=self._hold_s))

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from gwp_edge import runtime
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorOptions
@@ -62,6 +63,23 @@ def session(tmp_path_factory):
     assert summary.exit_code == 0, summary.message
     assert memory_files() <= before
     return summary, Session.open(folder)
+
+
+def test_signal_while_the_recorder_starts_ends_the_run_and_the_session(tmp_path, monkeypatch):
+    """SIGTERM once killed the main process there, which left memory and half a session."""
+    start = runtime._start_recorder
+
+    def signalled(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments)
+
+    monkeypatch.setattr(runtime, "_start_recorder", signalled)
+    before = {p.name for p in SHM_DIR.glob(f"{PREFIX}*")}
+    summary = recorded_run(tmp_path / "session")
+    assert (summary.outcome, summary.exit_code) == ("terminated", 1)
+    assert summary.message == "asked to terminate; the arm was not moved"
+    assert Session.open(tmp_path / "session").end is not None
+    assert {p.name for p in SHM_DIR.glob(f"{PREFIX}*")} <= before
 
 
 def test_session_holds_every_chunk_with_what_made_it(session):

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from gwp_edge import bench_loop
 from gwp_edge.bench_loop import LoopReport, _bare_loop, kill_to_hold_ns, measure_loop
 from gwp_edge.drivers.piper_bench import DriverCost
 from gwp_edge.errors import DeviceError, SpecError
+from gwp_edge.runtime import run
+from gwp_edge.status import Mode
 from gwp_edge.telemetry import Distribution
 
 
@@ -102,3 +107,17 @@ def test_whole_benchmark_measures_loop_guardian_and_driver():
     assert whole.kill_to_hold_ms.n == 1
     assert whole.driver.n_ticks == 200
     assert whole.driver.tick_us[0] > 0.0
+
+
+def test_signal_ends_the_benchmark(monkeypatch):
+    def interrupted(options, *, on_status):
+        def watch(status):
+            on_status(status)
+            if status.mode is Mode.RUN:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return run(options, on_status=watch)
+
+    monkeypatch.setattr(bench_loop, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_loop(duration_s=600.0, n_kills=1, realtime=False, patience_s=3.0)

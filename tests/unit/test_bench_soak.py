@@ -1,6 +1,7 @@
 """The soak in small: some seconds with the faults that matter most, and what it judges by."""
 
 import os
+import signal
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_soak_holds_and_resumes_after_every_fault_and_commands_nothing_unsafe():
     told = report.to_dict()
     assert told["passed"]
     assert [kind["name"] for kind in told["faults"]] == list(SHORT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_soak_and_not_one_of_its_runs(number):
+    with pytest.raises(KeyboardInterrupt):
+        soak(
+            duration_s=600.0,
+            seed=1,
+            gap_s=(0.2, 0.4),
+            kinds=tuple(kind for kind in FAULTS if kind.name == "NaN plans"),
+            realtime=False,
+            patience_s=60.0,
+            progress=lambda _: os.kill(os.getpid(), number),
+        )
 
 
 @pytest.mark.parametrize(
