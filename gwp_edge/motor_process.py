@@ -18,7 +18,8 @@ from gwp_edge.preflight import check_arm
 from gwp_edge.protocols import Arm
 from gwp_edge.realtime import SPIN_NS, make_realtime
 from gwp_edge.robot_config import RobotConfig
-from gwp_edge.robots import create_arm, intersect_limits, park_pose
+from gwp_edge.robot_limits import intersect_limits, park_pose
+from gwp_edge.robots import create_arm
 from gwp_edge.shared_memory import fence
 from gwp_edge.spec import Channel, PolicySpec
 from gwp_edge.status import EventKind, Mode, Request, Word

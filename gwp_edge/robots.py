@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, cast
 
 import msgspec
-import numpy as np
 
 from gwp_edge.errors import SpecError
 from gwp_edge.protocols import Arm, Camera, World
 from gwp_edge.robot_config import (
     ArmConfig,
     CameraConfig,
-    ChannelLimits,
     DeviceConfig,
     ObservationConfig,
     RobotConfig,
 )
-from gwp_edge.spec import Channel, PolicySpec
-from gwp_edge.types import FloatArray, JointLimits
+from gwp_edge.robot_limits import check_ranges
+from gwp_edge.spec import PolicySpec
 from gwp_edge.workspace import find_arms
 
 ARMS: Final[dict[str, str]] = {
@@ -52,7 +50,10 @@ WORLDS: Final[dict[str, str]] = {
 }
 BUILT_IN: Final = ("kinematic", "sim", "piper", "piper-dual")
 
-_T = TypeVar("_T")
+# Whose devices may be told what their world may be told.
+_OPTIONS_OF_WORLD: Final = ("kinematic", "sim")
+# Whose options can be checked by making them: that opens nothing and needs no vendor's library.
+_CHECKED_CAMERAS: Final = ("realsense", "rs-file", "lerobot")
 
 
 # Software rendering on a busy machine is slow, and nobody stands next to a simulated arm.
@@ -246,53 +247,6 @@ def import_callable(reference: str, what: str) -> Callable[..., object]:
     return cast(Callable[..., object], function)
 
 
-def intersect_limits(
-    own: JointLimits, overrides: Mapping[str, ChannelLimits], channels: Sequence[Channel]
-) -> JointLimits:
-    """Return the arm's own limits tightened by a robot file's.
-
-    Raises:
-        SpecError: an override names no channel, or leaves no room.
-    """
-    names = [c.name for c in channels]
-    unknown = sorted(set(overrides) - set(names))
-    if unknown:
-        raise SpecError(
-            f"limits for {', '.join(unknown)}: the robot's channels are {', '.join(names)}"
-        )
-
-    def tightened(field: str, base: FloatArray) -> FloatArray:
-        choose = np.maximum if field == "position_min" else np.minimum
-        wanted = [getattr(overrides.get(name), field, None) for name in names]
-        return np.array(
-            [b if w is None else choose(b, w) for w, b in zip(wanted, base, strict=True)]
-        )
-
-    return JointLimits(
-        position_min=tightened("position_min", own.position_min),
-        position_max=tightened("position_max", own.position_max),
-        velocity_max=tightened("velocity_max", own.velocity_max),
-        acceleration_max=tightened("acceleration_max", own.acceleration_max),
-    )
-
-
-def park_pose(robot: RobotConfig, channels: Sequence[Channel]) -> FloatArray | None:
-    """Return the park pose, rad and m, shape (D,), or None where the robot has none.
-
-    Raises:
-        SpecError: the pose names other channels than the robot has.
-    """
-    if not robot.park:
-        return None
-    names = [c.name for c in channels]
-    if set(robot.park) != set(names):
-        raise SpecError(
-            f"park pose: expected a value for each of {', '.join(names)}, "
-            f"got {', '.join(sorted(robot.park))}"
-        )
-    return np.array([robot.park[name] for name in names])
-
-
 def _check_fits(robot: RobotConfig, spec: PolicySpec, where: str) -> None:
     roles = [c.role for c in robot.cameras]
     if sorted(roles) != sorted(spec.cameras):
@@ -300,17 +254,38 @@ def _check_fits(robot: RobotConfig, spec: PolicySpec, where: str) -> None:
             f"{where}: expected one camera for each role {', '.join(spec.cameras)}, "
             f"got {', '.join(roles) or 'none'}"
         )
-    names = {c.name for c in spec.channels}
-    strangers = sorted((set(robot.limits) | set(robot.park)) - names)
-    if strangers:
-        raise SpecError(
-            f"{where}: {', '.join(strangers)} is no channel of the policy; it has "
-            f"{', '.join(c.name for c in spec.channels)}"
-        )
     try:
+        check_ranges(robot, spec.channels)
         find_arms(robot.workspace, spec.channels, robot.arm.kind)
+        _check_options(robot, spec)
     except SpecError as e:
         raise SpecError(f"{where}: {e}") from e
+
+
+def _check_options(robot: RobotConfig, spec: PolicySpec) -> None:
+    """Check what the devices are told, as far as that needs no vendor's library and no world.
+
+    Making a device opens nothing.
+
+    Raises:
+        SpecError: an option is unknown or wrong, or a simulated device has no world.
+    """
+    create_world(robot, spec)
+    for device in (robot.arm, *robot.cameras):
+        if device.kind in WORLDS:
+            if robot.world is None or robot.world.kind != device.kind:
+                raise SpecError(
+                    f'{device.kind}: lives in a world: add [world] kind = "{device.kind}"'
+                )
+            if device.options and device.kind in _OPTIONS_OF_WORLD:
+                import_callable(WORLDS[device.kind], "world driver")(device.options, spec)
+    if robot.arm.kind == "piper":
+        create_arm(robot, spec, {})
+    for camera in robot.cameras:
+        # Without a serial: require_serials has the better words.
+        is_named = camera.kind != "realsense" or camera.options.get("serial")
+        if camera.kind in _CHECKED_CAMERAS and is_named:
+            create_camera(camera, spec, {})
 
 
 def _check_kinds(robot: RobotConfig, where: str) -> None:

@@ -135,8 +135,6 @@ class Supervisor:
         while self._step():
             mode = Mode(self._words[Word.MOTOR_MODE])
             now_s = time.monotonic()
-            if self._findings.t_run_s is None and mode in (Mode.APPROACH, Mode.RUN):
-                self._findings.t_run_s = now_s
             if duration_s is not None and now_s - (self._findings.t_run_s or now_s) >= duration_s:
                 self._end_by_duration(mode, duration_s)
                 return
@@ -200,6 +198,10 @@ class Supervisor:
         time.sleep(_POLL_S)
         self._words[Word.SUPERVISOR_HEARTBEAT_NS] = time.monotonic_ns()
         self._monitor.collect()
+        # After that: what was shown as moving has moved, whatever ends it now.
+        is_moving = self._words[Word.MOTOR_MODE] in (Mode.APPROACH, Mode.RUN)
+        if self._findings.t_run_s is None and is_moving:
+            self._findings.t_run_s = time.monotonic()
 
     def _see_processes(self) -> bool:
         ended = self._processes.ended()

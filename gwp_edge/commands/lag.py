@@ -44,7 +44,8 @@ def lag(
     """
     from gwp_edge.lag import LagOptions, measure_lag
     from gwp_edge.manifest import read_spec
-    from gwp_edge.robots import create_arm, create_world, intersect_limits, load_robot
+    from gwp_edge.robot_limits import intersect_limits
+    from gwp_edge.robots import create_arm, create_world, load_robot
     from gwp_edge.workspace import find_arms
 
     require_writable(json_file)

@@ -9,7 +9,8 @@ import pytest
 from gwp_edge import robots
 from gwp_edge.errors import SpecError
 from gwp_edge.robot_config import ArmConfig, CameraConfig, ChannelLimits
-from gwp_edge.robots import create_arm, create_camera, intersect_limits, load_robot, require_serials
+from gwp_edge.robot_limits import intersect_limits
+from gwp_edge.robots import create_arm, create_camera, load_robot, require_serials
 from gwp_edge.testing import make_spec
 from gwp_edge.types import JointLimits
 
@@ -29,6 +30,12 @@ kind = "kinematic"
 velocity_max = 0.5
 [park]
 left_joint_1 = 0.0
+left_joint_2 = 1.0
+left_joint_3 = -1.0
+left_joint_4 = 0.0
+left_joint_5 = 0.0
+left_joint_6 = 0.0
+left_gripper = 0.0
 """
 
 
@@ -89,7 +96,10 @@ def test_unknown_kind_and_bad_option_are_refused(tmp_path):
     tank = _write(tmp_path, FILE.replace('[arm]\nkind = "kinematic"', '[arm]\nkind = "tank"'))
     with pytest.raises(SpecError, match=r"robot.*toml: arm kind 'tank' is not known; there are"):
         load_robot(tank, spec)
-    robot = load_robot(_write(tmp_path, FILE.replace("lag_s", "lagg_s")), spec)
+    with pytest.raises(SpecError, match=r"robot.*toml: .*lagg_s"):
+        load_robot(_write(tmp_path, FILE.replace("lag_s", "lagg_s")), spec)
+    robot = load_robot("kinematic", spec)
+    robot = msgspec.structs.replace(robot, arm=ArmConfig(kind="kinematic", options={"lagg_s": 1}))
     with pytest.raises(SpecError, match="lagg_s"):
         create_arm(robot, spec, {"kinematic_segment": "x"})
 
@@ -108,6 +118,32 @@ def test_limits_that_cannot_be_meant_are_refused_with_the_file(tmp_path, lines, 
     path = _write(tmp_path, FILE + f"\n[limits.left_joint_3]\n{lines}\n")
     with pytest.raises(SpecError, match=f"robot file .*toml: limits of left_joint_3: {words}"):
         load_robot(path, make_spec())
+
+
+WORLD = '[world]\nkind = "kinematic"\n'
+CAMERA = 'role = "cam_high"\nkind = "kinematic"\n'
+REALSENSE = 'role = "cam_high"\nkind = "realsense"\noptions = { serial = "1", fps = "x" }\n'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (WORLD, "", r'kinematic: lives in a world: add \[world\] kind = "kinematic"'),
+        (CAMERA, CAMERA + "options = { lag = 1 }\n", "lag"),
+        (CAMERA, REALSENSE, "fps"),
+        (WORLD, WORLD + "options = { lag = 1 }\n", "lag"),
+        ("left_gripper = 0.0\n", "", "park pose: expected a value for each of"),
+        ("left_joint_2 = 1.0", "left_joint_2 = 57.3", "left_joint_2: 57.3 .* is it in degrees"),
+        ("left_gripper = 0.0", "left_gripper = 70", "left_gripper: 70 .* in m; is it in mm"),
+        ("velocity_max = 0.5", "velocity_max = 180", "left_joint_1: 180 .* is it in degrees"),
+        ("velocity_max = 0.5", "position_min = -90", "left_joint_1: -90 .* is it in degrees"),
+    ],
+)
+def test_what_would_end_a_run_after_its_start_is_found_in_the_file(tmp_path, old, new, words):
+    """Found by the processes of a run only, and said three times; doctor passed it."""
+    assert old in FILE
+    with pytest.raises(SpecError, match=f"robot.toml: .*{words}"):
+        load_robot(_write(tmp_path, FILE.replace(old, new)), make_spec())
 
 
 def test_park_pose_that_is_no_number_is_refused(tmp_path):
