@@ -1,9 +1,10 @@
 """A recorded run on disk: append-only files that survive a kill, and their reader.
 
 ``session.json`` says what ran; every table is a file of fixed-size records whose layout follows
-from the policy's spec; ``frames.bin`` holds the pictures that ``frames.tbl`` points at. A session
-whose process was killed is read up to its last whole record; ``end.json`` is there only when the
-recording was closed.
+from the policy's spec; ``frames.bin`` holds the pictures that ``frames.tbl`` points at.
+``end.json`` is there only when the recording was closed, and counts what was written: a session
+that holds anything else was copied in part and is refused. Without it the process was killed, and
+the session is read up to its last whole record.
 """
 
 from __future__ import annotations
@@ -228,13 +229,16 @@ class Session:
         self.timings = self._table("timings")
         self.chunks = self._table("chunks")
         self.frames = self._table("frames")
+        if end is not None:
+            self._check_pictures()
 
     @classmethod
     def open(cls, folder: Path | str) -> Session:
         """Open a session.
 
         Raises:
-            SpecError: there is none, or it is of another version or damaged.
+            SpecError: there is none, it is of another version or damaged, or it was closed with
+                other counts of records than it has now.
         """
         folder = Path(folder)
         try:
@@ -314,5 +318,28 @@ class Session:
             data = path.read_bytes()
         except OSError as e:
             raise SpecError(f"{path}: cannot be read: {e.strerror}") from e
+        n_whole, n_over_bytes = divmod(len(data), dtype.itemsize)
+        n_counted = n_whole if self.end is None else self.end.n_written.get(name, 0)
+        if n_whole != n_counted or (self.end is not None and n_over_bytes):
+            part = " and a part of one" if n_over_bytes else ""
+            raise SpecError(
+                f"{path}: expected the {n_counted} records that end.json counts, got "
+                f"{n_whole}{part}; copy the session again"
+            )
         # A kill may cut the last record; what was before it is whole.
-        return np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
+        return np.frombuffer(data[: n_whole * dtype.itemsize], dtype)
+
+    def _check_pictures(self) -> None:
+        """Check that no picture of the frame table was cut off, without reading them."""
+        path = self.folder / "frames.bin"
+        ends = self.frames["offset_bytes"] + self.frames["n_bytes"]
+        expected = int(ends.max(initial=0))
+        try:
+            found = path.stat().st_size
+        except OSError as e:
+            raise SpecError(f"{path}: cannot be read: {e.strerror}; copy the session again") from e
+        if found < expected:
+            raise SpecError(
+                f"{path}: expected the {expected} bytes that frames.tbl points at, got {found}; "
+                "copy the session again"
+            )

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -18,7 +19,7 @@ from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.record import Recorder
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
-from gwp_edge.session_format import Session, SessionWriter
+from gwp_edge.session_format import TABLES, Session, SessionWriter, table_dtype
 from gwp_edge.shared_memory import PREFIX, SHM_DIR
 from gwp_edge.status import EventKind, Mode
 from gwp_edge.testing import make_spec
@@ -163,6 +164,37 @@ def test_session_cut_off_by_a_kill_is_read_up_to_its_last_record(session, tmp_pa
     assert len(again.chunks) == len(recorded.chunks) - 1
     assert len(again.states) == len(recorded.states) - 1
     assert (again.commands == recorded.commands[:-1]).all()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("name", TABLES)
+def test_session_copied_in_part_is_refused_by_table_and_counts(session, tmp_path, name, whole):
+    """A folder of which half had been copied was replayed and exported as if it were all."""
+    _, recorded = session
+    shutil.copytree(recorded.folder, tmp_path, dirs_exist_ok=True)
+    path, n_bytes = tmp_path / f"{name}.tbl", table_dtype(name, SPEC).itemsize
+    n = path.stat().st_size // n_bytes
+    os.truncate(path, n_bytes * (n - 2) + (0 if whole else 5))
+    part = "" if whole else " and a part of one"
+    with pytest.raises(SpecError) as refused:
+        Session.open(tmp_path)
+    assert str(refused.value) == (
+        f"{path}: expected the {n} records that end.json counts, got {n - 2}{part}; "
+        "copy the session again"
+    )
+
+
+@pytest.mark.parametrize("left", [100, None])
+def test_session_copied_without_all_of_its_pictures_is_refused(session, tmp_path, left):
+    _, recorded = session
+    shutil.copytree(recorded.folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "frames.bin"
+    if left is None:
+        path.unlink()
+    else:
+        os.truncate(path, left)
+    with pytest.raises(SpecError, match=r"frames\.bin: .*; copy the session again"):
+        Session.open(tmp_path)
 
 
 def test_record_into_a_used_folder_is_refused_before_anything_starts(tmp_path):

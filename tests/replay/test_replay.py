@@ -21,6 +21,7 @@ from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.session_export import export_lerobot
 from gwp_edge.session_format import Session, chunk_dtype
+from gwp_edge.status import Mode
 from gwp_edge.testing import make_spec
 
 SPEC = make_spec(cameras=("cam_high", "cam_left_wrist"))
@@ -246,7 +247,9 @@ def test_export_over_something_is_refused_and_leaves_nothing(session, tmp_path):
 def test_export_without_motion_is_refused(session, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(session.folder, folder)
-    (folder / "ticks.tbl").write_bytes(b"")
+    ticks = session.ticks.copy()
+    ticks["mode"] = Mode.HOLD
+    (folder / "ticks.tbl").write_bytes(ticks.tobytes())
     with pytest.raises(SpecError, match="never moved the arm"):
         export_lerobot(Session.open(folder), tmp_path / "out")
 
