@@ -63,6 +63,8 @@ class ReplayReport:
 
     Attributes:
         n_chunks: in the session.
+        n_lost: of the run, but not in the session, because the recorder was too slow; None where
+            the recording was cut off, so that nobody counted.
         n_replayed: computed again.
         skipped: number of chunks that could not be, by reason.
         tolerance: allowed difference of an action, rad and m.
@@ -71,6 +73,7 @@ class ReplayReport:
     """
 
     n_chunks: int
+    n_lost: int | None
     n_replayed: int
     skipped: dict[str, int]
     tolerance: float
@@ -150,7 +153,7 @@ def replay(
     skipped: dict[str, int] = {}
     done: list[ChunkReplay] = []
     for i, record in enumerate(session.chunks):
-        reason = _reason_to_skip(record, by_idx)
+        reason = _reason_to_skip(record, by_idx, len(session.frames))
         if reason is None:
             result, errors = _replay_one(session, record, by_idx, policy, tolerance)
             done.append(result)
@@ -165,6 +168,7 @@ def replay(
     names = [c.name for c in session.spec.channels]
     return ReplayReport(
         n_chunks=len(session.chunks),
+        n_lost=None if session.end is None else session.end.n_lost.get("chunks", 0),
         n_replayed=len(done),
         skipped=skipped,
         tolerance=tolerance,
@@ -173,10 +177,14 @@ def replay(
     )
 
 
-def _reason_to_skip(record: npt.NDArray[Any], by_idx: Mapping[int, Any]) -> str | None:
+def _reason_to_skip(
+    record: npt.NDArray[Any], by_idx: Mapping[int, Any], n_frames: int
+) -> str | None:
     if not record["has_trace"]:
         return "noise"
-    if (record["frame_rows"] < 0).any():
+    rows = record["frame_rows"]
+    # A kill may have kept the chunk and not the rows that it points at.
+    if (rows < 0).any() or (rows >= n_frames).any():
         return "pictures"
     if record["previous_idx"] >= 0 and int(record["previous_idx"]) not in by_idx:
         return "the chunk that guided it"

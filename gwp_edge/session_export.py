@@ -2,7 +2,9 @@
 
 Every unbroken stretch in which the policy moved the arm becomes an episode. A row at time t has
 the state measured at t, the command in force at t, and the newest pictures taken by then: what a
-policy that plans at t sees and is to do.
+policy that plans at t sees and is to do. Rows are made only between the last of the first and the
+first of the last record of states, commands and every camera: of a recording that was cut off,
+each table ends elsewhere.
 """
 
 from __future__ import annotations
@@ -100,15 +102,14 @@ def export_lerobot(
     if empty or not len(session.states) or not len(session.commands):
         what = ", ".join(empty) or "states or commands"
         raise SpecError(f"{session.folder}: has no {what}; nothing to export")
-    t_first_ns = max(
-        *(int(t.t_ns[0]) for t in tracks),
-        int(session.states["t_ns"][0]),
-        int(session.commands["t_ns"][0]),
-    )
-    times = [t for span in _stretches(session) if len(t := _rows_of(span, t_first_ns, fps)) > 1]
+    columns = (*(t.t_ns for t in tracks), session.states["t_ns"], session.commands["t_ns"])
+    covered = max(int(t_ns[0]) for t_ns in columns), min(int(t_ns[-1]) for t_ns in columns)
+    every = [_rows_of(span, covered, fps) for span in _stretches(session)]
+    times = [t_ns for t_ns in every if len(t_ns) >= _MIN_ROWS]
     if not times:
         raise SpecError(
-            f"{session.folder}: the policy never moved the arm for {_MIN_ROWS} rows of {fps} fps"
+            f"{session.folder}: the policy never moved the arm for {_MIN_ROWS} rows of {fps} fps "
+            "while states, commands and pictures were recorded"
         )
     text = task or session.header.task or spec.tasks[0]
     part = out.with_name(f".{out.name}.part")
@@ -178,16 +179,20 @@ def _stretches(session: Session) -> list[tuple[int, int]]:
     return [(int(t_ns[a]), int(t_ns[b - 1])) for a, b in zip(starts, stops, strict=True)]
 
 
-def _rows_of(span: tuple[int, int], t_first_ns: int, fps: int) -> npt.NDArray[np.int64]:
-    begin = max(span[0], t_first_ns)
-    n = max(0, (span[1] - begin) * fps // 1_000_000_000 + 1)
+def _rows_of(span: tuple[int, int], covered: tuple[int, int], fps: int) -> npt.NDArray[np.int64]:
+    """Return the times, ns, of the rows within both ``span`` and ``covered``."""
+    begin, end = max(span[0], covered[0]), min(span[1], covered[1])
+    n = max(0, (end - begin) * fps // 1_000_000_000 + 1)
     return begin + np.arange(n, dtype=np.int64) * 1_000_000_000 // fps
 
 
 def _at(
     t_ns: npt.NDArray[np.int64], values: npt.NDArray[np.float64], wanted_ns: npt.NDArray[np.int64]
 ) -> Float32Array:
-    """Interpolate rows of ``values`` linearly at ``wanted_ns``, shape (n, D)."""
+    """Interpolate rows of ``values`` linearly at ``wanted_ns``, shape (n, D).
+
+    All of ``wanted_ns`` lie within ``t_ns``: beyond its ends the edge would be held.
+    """
     # Against the first time, so that float64 keeps the nanoseconds.
     x, wanted = t_ns - t_ns[0], wanted_ns - t_ns[0]
     columns = [np.interp(wanted, x, column) for column in values.T]

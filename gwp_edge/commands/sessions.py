@@ -100,7 +100,14 @@ def replay(
         finally:
             policy.close()
     if as_json:
-        say_json({"session": str(session), "bundle": str(path), **report.to_dict()})
+        say_json(
+            {
+                "session": str(session),
+                "bundle": str(path),
+                "cut_off": recorded.end is None,
+                **report.to_dict(),
+            }
+        )
     else:
         _say_report(report, recorded)
     if report.n_diverged:
@@ -110,8 +117,9 @@ def replay(
 def _say_report(report: ReplayReport, recorded: Session) -> None:
     skipped = ", ".join(f"{n} without {reason}" for reason, n in report.skipped.items())
     say(
-        f"replayed {report.n_replayed} of {report.n_chunks} chunks"
+        f"replayed {report.n_replayed} of {report.n_chunks} recorded chunks"
         + (f" (left out: {skipped})" if skipped else "")
+        + (f"; {report.n_lost} more were not recorded" if report.n_lost else "")
     )
     if recorded.end is None:
         say("the recording was cut off; what is there was replayed")
@@ -140,8 +148,10 @@ def _export(recorded: Session, out: Path, task: str | None, *, as_json: bool) ->
 
     report = export_lerobot(recorded, out, task=task)
     if as_json:
-        say_json({"out": str(out), **asdict(report)})
+        say_json({"out": str(out), "cut_off": recorded.end is None, **asdict(report)})
         return
+    if recorded.end is None:
+        say("the recording was cut off; what is there was exported")
     say(
         f"{out}: {report.n_episodes} episodes, {report.n_frames} frames at {report.fps} fps; "
         f"pictures are {report.picture_age_ms.p50:.0f} ms old at the median, "

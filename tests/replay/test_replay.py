@@ -1,6 +1,8 @@
 """Replay: equal where nothing changed, and the first stage named where something did."""
 
 import dataclasses
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from gwp_edge.replay import replay
 from gwp_edge.robots import load_robot
 from gwp_edge.runtime import RunOptions, run
 from gwp_edge.session_export import export_lerobot
-from gwp_edge.session_format import Session, chunk_dtype
+from gwp_edge.session_format import Session, chunk_dtype, table_dtype
 from gwp_edge.status import Mode
 from gwp_edge.testing import make_spec
 
@@ -203,8 +205,6 @@ def test_export_is_a_dataset_that_calibration_reads(session, tmp_path):
 def test_export_has_the_layout_of_a_dataset_of_lerobot(session, tmp_path):
     """Compared with a dataset that LeRobot itself has written."""
     pq = pytest.importorskip("pyarrow.parquet")
-    import json
-
     model = Path(__file__).parents[1] / "data" / "dataset"
     out = tmp_path / "dataset"
     export_lerobot(session, out)
@@ -254,6 +254,59 @@ def test_export_without_motion_is_refused(session, tmp_path):
         export_lerobot(Session.open(folder), tmp_path / "out")
 
 
+def killed(session, folder, **kept):
+    """Return a copy of what a kill leaves: no end.json, and of some tables the first records."""
+    shutil.copytree(session.folder, folder)
+    (folder / "end.json").unlink()
+    for name, n_records in kept.items():
+        # A kill cuts records as well.
+        os.truncate(folder / f"{name}.tbl", n_records * table_dtype(name, SPEC).itemsize + 5)
+    return Session.open(folder)
+
+
+@pytest.mark.parametrize("name", ["states", "commands", "frames"])
+def test_export_of_a_killed_recording_ends_where_its_first_table_ends(session, tmp_path, name):
+    """The last state or command was held to the end of the motion, as if the arm had stood."""
+    pytest.importorskip("av")
+    pytest.importorskip("pyarrow")
+    from gwp_edge.lerobot.dataset import LeRobotDataset
+
+    moving_ns = session.ticks["t_woke_ns"][session.ticks["mode"] == Mode.RUN]
+    t_cut_ns = (moving_ns[0] + moving_ns[-1]) // 2
+    stamps = getattr(session, name)["t_captured_ns" if name == "frames" else "t_ns"]
+    cut = killed(session, tmp_path / "killed", **{name: int(np.argmax(stamps > t_cut_ns))})
+    whole = export_lerobot(session, tmp_path / "whole")
+    report = export_lerobot(cut, tmp_path / "part")
+    assert 0 < report.n_frames < whole.n_frames
+    assert report.n_frames <= (t_cut_ns - moving_ns[0]) / 1e9 * report.fps + report.n_episodes
+    with (
+        LeRobotDataset.open(tmp_path / "part") as part,
+        LeRobotDataset.open(tmp_path / "whole") as all_of_it,
+    ):
+        for i in range(report.n_episodes):
+            n = part.episodes[i].n_frames
+            for now, then in (
+                (part.state(i), all_of_it.state(i)),
+                (part.action(i), all_of_it.action(i)),
+            ):
+                np.testing.assert_array_equal(now, then[:n])
+
+
+def test_replay_of_a_killed_recording_says_so_and_leaves_out_pictures_that_it_lost(
+    session, tmp_path
+):
+    """Tables are written one after the other: a chunk may be there before its frame rows."""
+    n_frames = int(session.chunks["frame_rows"][-1].min())
+    cut = killed(session, tmp_path / "killed", frames=n_frames)
+    report = replay(cut, StagedPolicy(SPEC), tolerance=0.0)
+    n_without = int((session.chunks["frame_rows"] >= n_frames).any(axis=1).sum())
+    assert report.skipped == {"pictures": n_without}
+    assert report.n_replayed == report.n_chunks - n_without
+    assert report.n_lost is None, "nobody counted"
+    counted = replay(session, StagedPolicy(SPEC), tolerance=0.0)
+    assert counted.n_lost == session.end.n_lost["chunks"]
+
+
 def command(*arguments):
     app = typer.Typer()
     app.command()(replay_command)
@@ -266,6 +319,31 @@ def test_command_exports(session, tmp_path):
     assert result.exit_code == 0, result.output
     assert "30 fps" in result.output
     assert (tmp_path / "d" / "meta" / "info.json").is_file()
+
+
+def test_command_says_that_a_recording_was_cut_off(session, tmp_path):
+    pytest.importorskip("pyarrow")
+    folder = killed(session, tmp_path / "killed").folder
+    result = command(folder, "--to-lerobot", tmp_path / "d")
+    assert result.exit_code == 0, result.output
+    assert "the recording was cut off" in result.output
+    for source, cut_off in ((folder, True), (session.folder, False)):
+        result = command(source, "--to-lerobot", tmp_path / str(cut_off), "--json")
+        assert json.loads(result.stdout)["cut_off"] is cut_off
+
+
+@pytest.mark.parametrize("words", [(), ("--to-lerobot", "dataset")])
+def test_command_on_a_session_copied_in_part_is_refused(session, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(session.folder, "copy")
+    for name in ("states", "commands"):
+        path = Path("copy") / f"{name}.tbl"
+        os.truncate(path, path.stat().st_size // 3)
+    result = command("copy", *words)
+    assert isinstance(result.exception, SpecError)
+    n = len(session.states)
+    assert f"states.tbl: expected the {n} records" in str(result.exception)
+    assert not Path("dataset").exists()
 
 
 def test_command_without_a_bundle_asks_for_one(session):
