@@ -25,7 +25,7 @@ from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.record_process import RecordSetup, record_main
 from gwp_edge.robot_config import RobotConfig
-from gwp_edge.session_format import VERSION, SessionHeader
+from gwp_edge.session_format import VERSION, SessionHeader, remove_session
 from gwp_edge.shared_memory import SHM_DIR, unique_name
 from gwp_edge.spec import PolicySpec
 
@@ -67,13 +67,9 @@ class Recorder:
     ) -> None:
         self.tap_name = unique_name("tap")
         self.folder = folder
-        _make_folder(folder)
-        setup = RecordSetup(
-            folder=folder,
-            board=board.name,
-            tap=self.tap_name,
-            header=make_header(spec, robot, policy=policy, task=task),
-        )
+        self._is_made = _make_folder(folder)
+        self._header = make_header(spec, robot, policy=policy, task=task)
+        setup = RecordSetup(folder=folder, board=board.name, tap=self.tap_name, header=self._header)
         context = multiprocessing.get_context("spawn")
         self._pipe: Connection | None
         self._pipe, theirs = context.Pipe()
@@ -98,6 +94,16 @@ class Recorder:
             answer = "its process ended"
         if answer != "ready":
             raise DeviceError(f"recording to {self.folder} did not start: {answer}")
+
+    def discard(self) -> None:
+        """Finish a recording that did not start; remove what was made for it."""
+        self.stop()
+        # Why it did not start says more than what cannot be removed.
+        with contextlib.suppress(OSError):
+            remove_session(self.folder, self._header)
+        if self._is_made:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
 
     def failure(self) -> str | None:
         """Return one line, once, when the recording has ended before the run."""
@@ -156,11 +162,14 @@ def make_header(
     )
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> bool:
+    """Make ``folder`` or take it as it is; return whether it was made."""
     try:
+        is_made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(folder.iterdir())
     except OSError as e:
         raise SpecError(f"--record {folder}: cannot be made: {e.strerror}") from e
     if taken:
         raise SpecError(f"--record {folder}: is not empty; name a new folder for each run")
+    return is_made

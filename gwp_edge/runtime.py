@@ -100,7 +100,7 @@ def _start_recorder(options: RunOptions, folder: Path, board: Board) -> Recorder
     try:
         recorder.await_ready()
     except DeviceError:
-        recorder.stop()
+        recorder.discard()
         raise
     return recorder
 

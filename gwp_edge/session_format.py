@@ -9,6 +9,7 @@ the session is read up to its last whole record.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import zlib
@@ -29,6 +30,8 @@ from gwp_edge.types import ClockDomain, Frame, ImageArray
 
 VERSION: Final = 1
 TABLES: Final = ("states", "commands", "ticks", "timings", "chunks", "frames")
+#: What is made at the start, in this order; ``end.json`` comes last.
+FILES: Final = ("session.json", *(f"{name}.tbl" for name in TABLES), "frames.bin", "events.jsonl")
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 DOMAINS: Final[tuple[ClockDomain, ...]] = get_args(ClockDomain)
 Codec = Literal["png", "jpeg"]
@@ -131,20 +134,31 @@ class SessionWriter:
     Args:
         folder: an existing, empty folder.
         header: what runs.
+
+    Raises:
+        OSError: a file cannot be made or is there already; what was made is removed.
     """
 
     def __init__(self, folder: Path, header: SessionHeader) -> None:
         self._folder = folder
         self._spec = header.spec
         self.n_written = dict.fromkeys(TABLES, 0)
-        (folder / "session.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(header), indent=2)
-        )
-        self._tables: dict[str, BinaryIO] = {
-            name: (folder / f"{name}.tbl").open("wb") for name in TABLES
-        }
-        self._pictures: BinaryIO = (folder / "frames.bin").open("wb")
-        self._events: BinaryIO = (folder / "events.jsonl").open("wb")
+        files: dict[str, BinaryIO] = {}
+        try:
+            for name in FILES:
+                files[name] = (folder / name).open("xb")
+            with files["session.json"] as file:
+                file.write(_header_text(header))
+        except OSError:
+            # A full disk takes empty files; they would be in the way of the next try.
+            for name, file in files.items():
+                (folder / name).unlink()
+                with contextlib.suppress(OSError):
+                    file.close()
+            raise
+        self._tables: dict[str, BinaryIO] = {name: files[f"{name}.tbl"] for name in TABLES}
+        self._pictures: BinaryIO = files["frames.bin"]
+        self._events: BinaryIO = files["events.jsonl"]
 
     def append(self, table: str, records: npt.NDArray[Any]) -> None:
         """Write records of a table.
@@ -202,6 +216,21 @@ class SessionWriter:
             file.close()
         end = SessionEnd(n_written=self.n_written, n_lost=n_lost)
         (self._folder / "end.json").write_bytes(msgspec.json.encode(end))
+
+
+def remove_session(folder: Path, header: SessionHeader) -> None:
+    """Remove the files of the session that ``header`` began; those of another one stay.
+
+    Raises:
+        OSError: it cannot be read or removed.
+    """
+    if (folder / FILES[0]).read_bytes() == _header_text(header):
+        for name in (*FILES, "end.json"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _header_text(header: SessionHeader) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(header), indent=2)
 
 
 class Session:

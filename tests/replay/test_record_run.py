@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gwp_edge import runtime
+from gwp_edge.child_process import start_shielded
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.mailbox import Board
 from gwp_edge.motor import MotorOptions
@@ -236,6 +237,62 @@ def test_recording_on_a_full_disk_ends_and_says_why_during_the_run(tmp_path):
     (fault,) = [f for f in summary.faults if "recording" in f]
     assert fault == f"recording to {folder} is incomplete: {folder}: File too large"
     assert len(Session.open(folder).states) > 0
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_recording_that_cannot_start_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch, is_there):
+    """An empty session.json was left, and the next try was refused: the folder is not empty."""
+    folder = tmp_path / "s"
+    if is_there:
+        folder.mkdir()
+
+    def start_on_a_full_disk(process):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # the process inherits it
+        try:
+            start_shielded(process)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr("gwp_edge.record.start_shielded", start_on_a_full_disk)
+    with pytest.raises(DeviceError, match=r"did not start: .*File too large"):
+        recorded_run(folder)
+    assert list(tmp_path.rglob("*")) == ([folder] if is_there else [])
+
+
+def test_recorder_that_died_while_it_started_leaves_nothing_but_what_is_not_its_own(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "s"
+
+    await_ready = Recorder.await_ready
+
+    def die(recorder):
+        await_ready(recorder)
+        (folder / "notes.txt").touch()  # by a user, meanwhile
+        raise DeviceError("did not start")
+
+    monkeypatch.setattr(Recorder, "await_ready", die)
+    with pytest.raises(DeviceError, match="did not start"):
+        recorded_run(folder)
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["session.json", "frames.bin"])
+def test_recording_beside_another_that_began_meanwhile_leaves_that_alone(
+    tmp_path, monkeypatch, name
+):
+    """Both saw an empty folder; the second must neither write over the first nor remove it."""
+
+    def start_second(process):
+        (tmp_path / name).write_text("of the first")
+        start_shielded(process)
+
+    monkeypatch.setattr("gwp_edge.record.start_shielded", start_second)
+    with pytest.raises(DeviceError, match=r"did not start: .*File exists"):
+        recorded_run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of the first"
 
 
 def test_recorder_that_cannot_start_says_why(tmp_path):
