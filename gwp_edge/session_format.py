@@ -215,7 +215,13 @@ class SessionWriter:
         for file in (*self._tables.values(), self._pictures, self._events):
             file.close()
         end = SessionEnd(n_written=self.n_written, n_lost=n_lost)
-        (self._folder / "end.json").write_bytes(msgspec.json.encode(end))
+        path = self._folder / "end.json"
+        try:
+            path.write_bytes(msgspec.json.encode(end))
+        except OSError:
+            # Half of it would make the whole session unreadable; without it, it was cut off.
+            path.unlink(missing_ok=True)
+            raise
 
 
 def remove_session(folder: Path, header: SessionHeader) -> None:

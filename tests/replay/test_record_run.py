@@ -1,5 +1,6 @@
 """Recording a run: what is kept, that nothing waits for it, and what a kill leaves."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -239,6 +240,30 @@ def test_recording_on_a_full_disk_ends_and_says_why_during_the_run(tmp_path):
     assert len(Session.open(folder).states) > 0
 
 
+@contextlib.contextmanager
+def full_disk():
+    """Let no file of this process grow, nor of those that it starts."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_recording_whose_disk_is_full_at_the_very_end_can_be_read(tmp_path, session):
+    """An empty end.json was left: every command refused the session as malformed."""
+    _, recorded = session
+    writer = SessionWriter(tmp_path, recorded.header)
+    writer.append("states", recorded.states)
+    writer.flush()
+    with pytest.raises(OSError, match="File too large"), full_disk():
+        writer.close({})
+    again = Session.open(tmp_path)
+    assert again.end is None
+    assert len(again.states) == len(recorded.states)
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_recording_that_cannot_start_on_a_full_disk_leaves_nothing(tmp_path, monkeypatch, is_there):
     """An empty session.json was left, and the next try was refused: the folder is not empty."""
@@ -247,12 +272,8 @@ def test_recording_that_cannot_start_on_a_full_disk_leaves_nothing(tmp_path, mon
         folder.mkdir()
 
     def start_on_a_full_disk(process):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # the process inherits it
-        try:
+        with full_disk():
             start_shielded(process)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     monkeypatch.setattr("gwp_edge.record.start_shielded", start_on_a_full_disk)
     with pytest.raises(DeviceError, match=r"did not start: .*File too large"):
