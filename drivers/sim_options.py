@@ -31,7 +31,8 @@ class SimOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         objects: pose of a cube on the table by name: x, y (m, world), yaw (rad).
         object_area_m: x_min, x_max, y_min, y_max in which cubes are placed.
         lighting: how far brightness, colour and direction of the light vary with the seed, 0 to 1.
-        mounts: where a camera role is mounted; see ``sim_model.camera_mounts``.
+        mounts: where a camera role is mounted; see ``sim_model.camera_mounts``. A real-time world
+            takes no role that it has no camera for: in a robot file that is a mistyped name.
         start_position: joints and openings at the start, D values, rad and m.
         renderer_nice: niceness of the rendering process, so that the policy goes first.
     """

@@ -17,7 +17,7 @@ from gwp_edge.drivers import sim_model
 from gwp_edge.drivers.sim_loops import Job, run_job, run_physics, run_renderer
 from gwp_edge.drivers.sim_options import RINGS_KEY, SEGMENT_KEY, SimOptions
 from gwp_edge.drivers.sim_segment import SimSegment, SimWord
-from gwp_edge.errors import DeviceError, DeviceTimeoutError
+from gwp_edge.errors import DeviceError, DeviceTimeoutError, SpecError
 from gwp_edge.frame_ring import FrameRing
 from gwp_edge.shared_memory import remove_leftovers, unique_name
 
@@ -35,10 +35,19 @@ class SimProcesses:
         n_arms: 1 or 2.
         cameras: roles, as in the policy's spec.
         options: see ``SimOptions``.
+
+    Raises:
+        SpecError: a camera has no mount, or a mount is for none of the cameras.
     """
 
     def __init__(self, n_arms: int, cameras: Sequence[str], options: SimOptions) -> None:
         # Bad roles are the user's error: say so now, not from another process.
+        strangers = sorted(set(options.mounts) - set(cameras))
+        if strangers:
+            raise SpecError(
+                f"option mounts of the sim: {', '.join(strangers)} is no camera of the robot; it "
+                f"has {', '.join(cameras) or 'none'}"
+            )
         sim_model.camera_mounts(n_arms, cameras, options.mounts)
         self._n_arms = n_arms
         self._cameras = tuple(cameras)

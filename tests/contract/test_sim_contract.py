@@ -343,6 +343,17 @@ def test_world_of_unfit_spec_is_refused(spec, message):
         sim.create_world({}, spec)
 
 
+def test_mount_of_no_camera_is_refused_by_its_name():
+    """A mistyped name left the camera at its ordinary place, without a word."""
+    mounts = {"cam_hi": "front", "cam_left_wrist": "left_wrist"}
+    with pytest.raises(SpecError) as refused:
+        sim.create_world({**OPTIONS, "mounts": mounts}, SPEC)
+    assert str(refused.value) == (
+        "option mounts of the sim: cam_hi is no camera of the robot; it has cam_high, "
+        "cam_left_wrist, cam_right_wrist"
+    )
+
+
 def test_arm_and_camera_without_world_are_refused(running):
     with pytest.raises(SpecError, match="world in the robot file"):
         sim.create_arm({}, SPEC)
