@@ -47,12 +47,12 @@ class Interrupted(BaseException):
     """Ctrl-C or a polite kill, on its way out through every clean-up."""
 
 
-def raise_on_signals() -> None:
-    """Let what asks for an end raise ``Interrupted``, so that a kill cleans up like Ctrl-C."""
+def raise_on_signals(error: type[BaseException] = Interrupted) -> None:
+    """Let what asks for an end raise ``error``, so that a kill cleans up like Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del number, frame
-        raise Interrupted
+        raise error
 
     for asks in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(asks, interrupt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 # Small networks on few cores: threads that spin while they wait only steal time from each other.
@@ -34,6 +35,17 @@ def _ordinary_scheduling():
         os.sched_setscheduler(0, before[0], parameters)
         os.sched_setaffinity(0, before[1])
     assert after == before
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before():
+    """A command is a program's main function: it decides what signals do."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(params=["gwp05", "gwp0"])

@@ -13,6 +13,7 @@ from gwp_edge.commands.options import EngineOption, JsonFlag, ProviderOption
 from gwp_edge.commands.profiling_tables import say_roofline
 from gwp_edge.console import (
     progress_bars,
+    raise_on_signals,
     remark,
     require_writable,
     say,
@@ -88,6 +89,7 @@ def bench(
 
     Example: gwp-edge bench --size gwp05-wide4 --threads 2 --check tests/budgets.toml
     """
+    raise_on_signals()  # a kill removes gigabytes of random weights like Ctrl-C does
     if make_checkpoint is not None:
         _make_checkpoint(make_checkpoint, size, dtype)
         return

@@ -22,6 +22,7 @@ from gwp_edge.console import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     progress_bars,
+    raise_on_signals,
     remark,
     say,
     say_table,
@@ -129,6 +130,7 @@ def evaluate(
     for text in instructions:
         chosen.cube_of(text)
     check_outputs(json_file, out)
+    raise_on_signals(KeyboardInterrupt)  # a kill keeps the finished episodes like Ctrl-C does
     evaluations, contexts = _evaluate_bundles(
         bundles,
         chosen,

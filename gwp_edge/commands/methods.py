@@ -17,7 +17,14 @@ from gwp_edge.commands.closed_loop import (
 )
 from gwp_edge.commands.execution import find_execution
 from gwp_edge.commands.options import BundleArgument, EngineOption, ProviderOption, ThreadsOption
-from gwp_edge.console import EXIT_INTERRUPTED, progress_bars, remark, say_table, write_json
+from gwp_edge.console import (
+    EXIT_INTERRUPTED,
+    progress_bars,
+    raise_on_signals,
+    remark,
+    say_table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from gwp_edge.evaluation.evaluate import Evaluation
@@ -68,6 +75,7 @@ def methods(
     opened = Bundle.open(bundle)
     check_fits(opened.spec, chosen)
     check_outputs(json_file)
+    raise_on_signals(KeyboardInterrupt)  # a kill keeps the finished rows like Ctrl-C does
     choice = EngineChoice(engine=engine, provider=provider, threads=threads)
     document = {
         "schema": SCHEMA,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gwp_edge.commands.options import JsonFlag
-from gwp_edge.console import progress_bars, remark, say, say_json, say_table
+from gwp_edge.console import progress_bars, raise_on_signals, remark, say, say_json, say_table
 from gwp_edge.errors import BuildError, PerformanceIssue, SpecError
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def _check(
         raise SpecError("give a bundle, or --size with --precision")
     if size is not None and precision != "fp32":
         raise SpecError("--check knows float32 rates alone; give --precision fp32")
+    raise_on_signals()  # a kill removes the random weights like Ctrl-C does
     with ExitStack() as stack:
         bars = stack.enter_context(progress_bars())
         if bundle is not None:

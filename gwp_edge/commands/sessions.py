@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gwp_edge.commands.options import EngineOption, JsonFlag, ProviderOption, ThreadsOption
-from gwp_edge.console import EXIT_FAILED, progress_bars, say, say_json, say_table
+from gwp_edge.console import (
+    EXIT_FAILED,
+    progress_bars,
+    raise_on_signals,
+    say,
+    say_json,
+    say_table,
+)
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
@@ -64,6 +71,7 @@ def replay(
     """
     from gwp_edge.session_format import Session
 
+    raise_on_signals()  # a kill removes half a dataset like Ctrl-C does
     recorded = Session.open(session)
     if to_lerobot is not None:
         _export(recorded, to_lerobot, task, as_json=as_json)

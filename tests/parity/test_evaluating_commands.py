@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from gwp_edge.evaluation.tasks import TouchTask
 pytestmark = [pytest.mark.export, pytest.mark.sim]
 
 RED, BLUE = TouchTask.instructions
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +41,17 @@ def _invoke(*words: object) -> Any:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Ctrl-C in an episode, counted from 0."""
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
+    """Ctrl-C or a polite kill in an episode, counted from 0."""
 
-    def arrange(at: int) -> None:
+    def arrange(at: int, number: signal.Signals) -> None:
         run, n_run = EpisodeRunner.run, [0]
 
         def counted(self: EpisodeRunner, *rest: Any) -> Any:
             n_run[0] += 1
             if n_run[0] > at:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), number)
+                pytest.fail("the signal did nothing")
             return run(self, *rest)
 
         monkeypatch.setattr(EpisodeRunner, "run", counted)
@@ -105,11 +109,17 @@ def test_rate_above_the_gate_passes(reach_bundle: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.parametrize("number", SIGNALS)
 def test_interrupted_evaluation_reports_what_is_finished_and_fails(
-    reach_bundle: Path, twin: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    reach_bundle: Path,
+    twin: Path,
+    tmp_path: Path,
+    interrupt: Callable[[int, signal.Signals], None],
+    number: signal.Signals,
 ) -> None:
+    """SIGTERM, as of a batch queue, ended the program without a report of hours of episodes."""
     report = tmp_path / "eval.json"
-    interrupt(1)
+    interrupt(1, number)
     words = ("--episodes", 2, "--threads", 1, "--json", report, "--fail-below", 0)
     result = _invoke("eval", reach_bundle, twin, "--compare", *words)
     assert result.exit_code == 130, result.output
@@ -145,11 +155,15 @@ def test_outputs_are_checked_before_the_first_episode(
             raise result.exception
 
 
+@pytest.mark.parametrize("number", SIGNALS[:2])
 def test_methods_are_compared_by_latency_and_rows_outlive_an_interruption(
-    reach_bundle: Path, tmp_path: Path, interrupt: Callable[[int], None]
+    reach_bundle: Path,
+    tmp_path: Path,
+    interrupt: Callable[[int, signal.Signals], None],
+    number: signal.Signals,
 ) -> None:
     report = tmp_path / "methods.json"
-    interrupt(5)
+    interrupt(5, number)
     methods = (
         "--execution",
         "soft",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from replay_policy import StagedPolicy
 from typer.testing import CliRunner
 
 from gwp_edge.commands.sessions import replay as replay_command
+from gwp_edge.console import EXIT_INTERRUPTED, one_line_errors
 from gwp_edge.errors import SpecError
 from gwp_edge.motor import MotorOptions
 from gwp_edge.observe import ObservationLimits
@@ -319,6 +321,23 @@ def test_command_exports(session, tmp_path):
     assert result.exit_code == 0, result.output
     assert "30 fps" in result.output
     assert (tmp_path / "d" / "meta" / "info.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_command_killed_while_it_exports_leaves_nothing(session, tmp_path, monkeypatch, number):
+    """SIGTERM left the folder of the unfinished dataset behind."""
+    pytest.importorskip("pyarrow")
+
+    def killed(writer, *_):
+        assert [p.name for p in tmp_path.iterdir()] == [".d.part"]
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal did nothing")
+
+    monkeypatch.setattr("gwp_edge.session_export.DatasetWriter.add", killed)
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        replay_command(session.folder, to_lerobot=tmp_path / "d")
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_says_that_a_recording_was_cut_off(session, tmp_path):

@@ -56,15 +56,6 @@ KEY = EngineKey(
 )
 
 
-@pytest.fixture(autouse=True)
-def _signals_as_before():
-    """``build`` is a program's main function: it decides what signals do."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def built(tmp_path):
     bundle = tmp_path / "policy.gwp"
