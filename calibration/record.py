@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from gwp_edge.calibration.histogram import Histogram
 from gwp_edge.calibration.observers import ChannelObserver, TensorObserver
 from gwp_edge.calibration.sampling import SampleRef
+from gwp_edge.console import write_file
 from gwp_edge.errors import SpecError
 from gwp_edge.types import Float32Array
 
@@ -86,13 +87,12 @@ def record_bytes(record: CalibrationRecord) -> bytes:
 
 
 def save_record(path: Path, record: CalibrationRecord) -> None:
-    """Write a record beside its place and rename it."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(record_bytes(record))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write a record, whole or not at all.
+
+    Raises:
+        SpecError: it cannot be written.
+    """
+    write_file(path, lambda file: file.write(record_bytes(record)))
 
 
 def load_record(path: Path) -> CalibrationRecord:

@@ -9,8 +9,6 @@ exact order statistics found in a second pass, so memory does not grow with the 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gwp_edge.calibration.quantiles import QuantileSelector
+from gwp_edge.console import write_json
 from gwp_edge.errors import SpecError
 from gwp_edge.lerobot.dataset import LeRobotDataset
 from gwp_edge.lerobot.episodes import EpisodeData
@@ -200,10 +199,9 @@ def _difference(a: Sequence[str], b: Sequence[str]) -> str:
 
 
 def write_statistics(path: Path, stats: Stats) -> None:
-    """Write norm_stats.json; written beside and renamed into place."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Write norm_stats.json, whole or not at all.
+
+    Raises:
+        SpecError: it cannot be written.
+    """
+    write_json(path, stats)

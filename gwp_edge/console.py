@@ -5,13 +5,14 @@ Progress and remarks go to stderr, so that stdout holds the answer alone.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -119,17 +120,22 @@ def require_writable(*paths: Path | None) -> None:
     for path in paths:
         if path is None:
             continue
+        is_stream = _is_stream(path)
         folder = path.resolve().parent
-        if not folder.is_dir():
+        if not is_stream and not folder.is_dir():
             raise SpecError(f"{path}: folder {folder} does not exist; make it first")
         if path.is_dir():
             raise SpecError(f"{path}: this is a folder; name a file")
-        if not os.access(folder, os.W_OK):
+        if is_stream and not os.access(path, os.W_OK):
+            raise SpecError(f"{path}: cannot be written; name another file")
+        if not is_stream and not os.access(folder, os.W_OK):
             raise SpecError(f"{path}: folder {folder} cannot be written")
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:
-    """Write a file beside its place and rename it there.
+    """Write a file beside its place and rename it there; a link to a file stays a link.
+
+    What is there and no regular file, such as a device, a pipe or standard output, is written to.
 
     Args:
         path: where it goes.
@@ -138,21 +144,62 @@ def write_file(path: Path, write: Callable[[Any], None]) -> None:
     Raises:
         SpecError: the folder is not there or cannot be written.
     """
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise SpecError(f"{path}: folder {folder} does not exist")
+    target = path.resolve()
+    is_stream = _is_stream(path)
+    if not is_stream and not target.parent.is_dir():
+        raise SpecError(f"{path}: folder {target.parent} does not exist")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", delete=False) as file:
-            try:
-                write(file)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        if is_stream:
+            _write_through(path, write)
+        else:
+            _write_beside(target, write)
     except OSError as e:
         raise SpecError(f"{path}: cannot be written: {e.strerror}") from e
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a rename to ``path`` would put a file in the place of something else."""
+    if path.is_dir():
+        return False
+    return (path.exists() and not path.is_file()) or _standard_stream(path) is not None
+
+
+def _standard_stream(path: Path) -> int | None:
+    """Return the descriptor of standard output or error where ``path`` is the same file."""
+    for number in (1, 2):
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(number), path.stat()):
+                return number
+    return None
+
+
+def _write_through(path: Path, write: Callable[[Any], None]) -> None:
+    whole = io.BytesIO()  # a pipe has no position, which numpy asks for
+    write(whole)
+    number = _standard_stream(path)
+    if number is None:
+        path.write_bytes(whole.getvalue())
+        return
+    # Opened again it would begin at its first byte, over what was said before.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    with os.fdopen(os.dup(number), "wb") as file:
+        file.write(whole.getvalue())
+
+
+def _write_beside(target: Path, write: Callable[[Any], None]) -> None:
+    with tempfile.NamedTemporaryFile(
+        dir=target.parent, prefix=f".{target.name}.", delete=False
+    ) as file:
+        try:
+            write(file)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def write_json(path: Path, value: object) -> None:

@@ -48,7 +48,7 @@ def cameras(
 
     given = dict(_split(text) for text in role or [])
     require_writable(write)
-    if write is not None and write.exists():
+    if write is not None and write.is_file():
         raise SpecError(
             f"{write} is there already, perhaps with limits of yours; name another file, and copy "
             "what you need"

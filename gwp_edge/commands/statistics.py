@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gwp_edge.commands.options import JsonFlag
-from gwp_edge.console import progress_bars, say, say_json, say_table
+from gwp_edge.console import progress_bars, require_writable, say, say_json, say_table
 from gwp_edge.errors import BuildError, SpecError
 
 
@@ -41,10 +41,7 @@ def stats(
             f"stats needs {e.name}, which is not installed: pip install 'gwp-edge[export]'"
         ) from e
     mask = _mask(delta_mask)
-    folder = out.resolve().parent
-    if not folder.is_dir() or out.is_dir():
-        what = "is a folder" if out.is_dir() else f"folder {folder} does not exist"
-        raise SpecError(f"--out {out}: {what}")
+    require_writable(out)
     with progress_bars() as bars:
         found = compute_statistics(
             datasets,
@@ -53,10 +50,7 @@ def stats(
             delta_mask=mask,
             progress=lambda done, total: bars("statistics", done, total),
         )
-    try:
-        write_statistics(out, found)
-    except OSError as e:
-        raise SpecError(f"--out {out}: cannot be written: {e.strerror}") from e
+    write_statistics(out, found)
     opened = [LeRobotDataset.open(root) for root in datasets]
     names = opened[0].action_names
     mask = mask if mask is not None else delta_mask_from_names(names)

@@ -270,6 +270,13 @@ def test_record_round_trip_is_exact_and_reproducible(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "record.safetensors"]
 
 
+def test_record_is_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("record.safetensors")
+    save_record(tmp_path / "link", make_record())
+    assert (tmp_path / "link").is_symlink()
+    load_record(tmp_path / "record.safetensors")
+
+
 def test_record_missing_damaged_or_foreign_is_refused(tmp_path):
     from safetensors.numpy import save_file
 

@@ -77,6 +77,13 @@ def test_statistics_of_the_real_dataset_equal_training(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["norm_stats.json"]
 
 
+def test_statistics_are_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("norm_stats.json")
+    write_statistics(tmp_path / "link", {"norm_stats": {}})
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "norm_stats.json").read_text()) == {"norm_stats": {}}
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     base = tmp_path_factory.mktemp("lerobot")
