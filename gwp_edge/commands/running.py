@@ -175,15 +175,18 @@ def _run(options: RunOptions, json_file: Path | None, rerun: str | None) -> None
     with TerminalKeys() as keys:
         options = dataclasses.replace(options, interactive=keys.available)
         summary = run_robot(options, on_status=_Display(), keys=keys, watcher=viewer)
-    if json_file is not None:
-        write_json(json_file, summary.to_dict())
     _say_summary(summary)
     for problem in viewer.problems if viewer is not None else ():
         remark(f"fault: {problem}")
     if summary.exit_code:
         remark(f"gwp-edge: {summary.message}")
+    else:
+        say(summary.message)
+    # After it was said: a full disk must not take with it how the arm was left.
+    if json_file is not None:
+        write_json(json_file, summary.to_dict())
+    if summary.exit_code:
         raise SystemExit(summary.exit_code)
-    say(summary.message)
 
 
 class _Display:
