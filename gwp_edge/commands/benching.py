@@ -271,12 +271,18 @@ def _eager(
 def _tell(report: BenchReport, json_file: Path | None, as_json: bool) -> None:
     import msgspec
 
-    plain, context = msgspec.to_builtins(report), report.context
-    if json_file is not None:
-        write_json(json_file, plain)
+    plain = msgspec.to_builtins(report)
     if as_json:
         say_json(plain)
-        return
+    else:
+        _say_report(report)
+    # After it was said: a full disk must not take the figures with it.
+    if json_file is not None:
+        write_json(json_file, plain)
+
+
+def _say_report(report: BenchReport) -> None:
+    context = report.context
     rows = []
     for name, stage in {**report.stages, "chunk": report.chunk}.items():
         times = stage.times

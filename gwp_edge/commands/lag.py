@@ -81,9 +81,9 @@ def lag(
     finally:
         if world is not None:
             world.close()
-    if json_file is not None:
-        write_json(json_file, result.to_dict())
     say(
         f"{result.channel} trails by {result.lag_ms:.0f} ms at {frequency:g} Hz "
         f"(gain {result.gain:.2f}, fit {result.fit:.3f}); run with --lead-ms {result.lag_ms:.0f}"
     )
+    if json_file is not None:
+        write_json(json_file, result.to_dict())

@@ -119,14 +119,15 @@ def verify(
 
     with progress_bars() as progress:
         report = verify_bundle(options, progress)
-    if json_file is not None:
-        write_file(json_file, lambda file: file.write(to_json(report)))
-    if html is not None:
-        write_file(html, lambda file: file.write(to_html(report).encode()))
     if as_json:
         say(to_json(report).decode().rstrip())
     else:
         _say_report(report)
+    # After it was said: a full disk must not take the figures with it.
+    if json_file is not None:
+        write_file(json_file, lambda file: file.write(to_json(report)))
+    if html is not None:
+        write_file(html, lambda file: file.write(to_html(report).encode()))
     if not report.passed:
         remark(f"gwp-edge: verify {report.verdict}")
         raise typer.Exit(EXIT_FAILED)

@@ -31,6 +31,7 @@ from gwp_edge.bench import (
     time_engine,
 )
 from gwp_edge.budgets import check_budgets, read_budgets
+from gwp_edge.commands import benching
 from gwp_edge.errors import SpecError
 from gwp_edge.machine_limits import GemmRate, Limits, describe_machine, measure_limits
 from gwp_edge.manifest import (
@@ -430,6 +431,14 @@ def test_report_survives_json():
     report = _report()
     text = json.dumps(msgspec.to_builtins(report))
     assert msgspec.json.decode(text, type=BenchReport) == report
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_report_that_cannot_be_written_is_printed(tmp_path, capsys, as_json):
+    """The file was written first, so a full disk took the figures with it."""
+    with pytest.raises(SpecError, match="cannot be written"):
+        benching._tell(_report(), tmp_path, as_json)
+    assert "vision" in capsys.readouterr().out
 
 
 def test_compare_reads_two_benches(tmp_path):

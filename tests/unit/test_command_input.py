@@ -44,6 +44,19 @@ def test_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
         require_writable(None, tmp_path / "x.json")
 
 
+def test_figures_that_cannot_be_written_are_printed(tmp_path, monkeypatch):
+    """Files were written first, so a full disk took the figures with it."""
+
+    def full(path, _value):
+        raise SpecError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("gwp_edge.bench_execution.compare", lambda **_: [])
+    monkeypatch.setattr("gwp_edge.commands.benchmarks.write_json", full)
+    done = CliRunner().invoke(app, ["bench", "execution", "--json", str(tmp_path / "x.json")])
+    assert isinstance(done.exception, SpecError)
+    assert "Chunk execution" in done.output
+
+
 def test_robot_file_is_not_overwritten(tmp_path):
     path = tmp_path / "robot.toml"
     path.write_text("mine")
