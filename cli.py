@@ -23,7 +23,7 @@ from gwp_edge.commands import (
     statistics,
     verifying,
 )
-from gwp_edge.console import one_line_errors, say
+from gwp_edge.console import one_line_errors, open_closed_streams, say
 
 app = typer.Typer(
     name="gwp-edge",
@@ -83,6 +83,7 @@ def _root(
 
 def main() -> None:
     """Entry point."""
+    open_closed_streams()
     with one_line_errors():
         app()
 

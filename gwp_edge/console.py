@@ -23,6 +23,19 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
 
+def open_closed_streams() -> None:
+    """Open the null device where the caller closed a standard stream, as by ``>&-``.
+
+    The work is done all the same, and no file of it gets the number of a standard stream.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(descriptor, True)  # noqa: FBT003 - positional only
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(descriptor, mode, encoding="utf-8"))
+
+
 def fail(message: str, code: int = EXIT_FAILED) -> NoReturn:
     """Print a one-line error and exit."""
     sys.stderr.write(f"gwp-edge: {' '.join(message.split())}\n")

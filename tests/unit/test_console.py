@@ -98,3 +98,27 @@ def test_standard_output_by_name_comes_between_what_is_said(tmp_path, to_file):
             timeout=60,
         )
     assert (out.read_bytes() if to_file else done.stdout) == b"before\n[]\nafter\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_command_with_closed_streams_works_and_exits_as_its_work_does(tmp_path, closed):
+    """It ended in a traceback: there is no ``sys.stdout`` then."""
+
+    def call(*words):
+        return subprocess.run(
+            ["sh", "-c", f'exec "$0" -m gwp_edge.cli "$@" {closed}', sys.executable, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+
+    done = call("--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("gwp-edge ") is (closed == "2>&-")
+    assert done.stderr == ""
+    done = call("inspect", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert ("not a bundle" in done.stderr) is (closed == ">&-")
+    assert "Traceback" not in done.stderr
