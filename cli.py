@@ -42,6 +42,7 @@ for command in (
     planning.plan,
     inference.infer,
     running.run,
+    sessions.record,
     sessions.replay,
     machine.doctor,
     cameras.cameras,
@@ -49,9 +50,6 @@ for command in (
     lag.lag,
 ):
     app.command()(command)
-app.command("record", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    sessions.record
-)
 app.command("eval")(evaluating.evaluate)
 app.add_typer(profiling.app, name="profile")
 app.add_typer(benchmarks.app, name="bench")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gwp_edge.commands.options import EngineOption, JsonFlag, ProviderOption, ThreadsOption
+from gwp_edge.commands.running import run
 from gwp_edge.console import (
     EXIT_FAILED,
     progress_bars,
@@ -24,21 +26,37 @@ if TYPE_CHECKING:
 
 
 def record(
-    ctx: typer.Context,
     session: Annotated[Path, typer.Argument(help="New folder for the recording.")],
+    **options: Any,  # noqa: ANN401 - those of run
 ) -> None:
     """Run a policy and keep frames, states, plans, commands and stamps; takes run's options.
 
-    The same as gwp-edge run --record SESSION; see gwp-edge run --help.
+    The same as gwp-edge run --record SESSION.
 
     Example: gwp-edge record session policy.gwp --robot sim --duration 10
     """
-    from gwp_edge.commands.running import run
+    from gwp_edge.manifest import MANIFEST
 
-    inner = typer.Typer(add_completion=False)
-    inner.command()(run)
-    arguments = [*ctx.args, "--record", str(session)]
-    typer.main.get_command(inner).main(arguments, "gwp-edge record SESSION", standalone_mode=False)
+    if (session / MANIFEST).is_file():
+        raise SpecError(
+            f"{session}: is a bundle; name the new folder for the recording before it: gwp-edge "
+            f"record SESSION {session}"
+        )
+    run(**options, record=session)
+
+
+def _signature_of_record() -> inspect.Signature:
+    """Return the parameters of ``run`` after the folder, which stands in for ``--record``."""
+    own = inspect.signature(record, eval_str=True).parameters["session"]
+    given = inspect.signature(run, eval_str=True).parameters
+    return inspect.Signature([own, *(p for name, p in given.items() if name != "record")])
+
+
+# Typer reads both: options are told from arguments wherever they stand, as they are by run.
+record.__signature__ = _signature_of_record()  # type: ignore[attr-defined]
+record.__annotations__ = {
+    name: p.annotation for name, p in inspect.signature(record).parameters.items()
+}
 
 
 def replay(
