@@ -16,11 +16,13 @@ from gwp_edge.bench import ChunkInput, EagerReport, Times
 from gwp_edge.bundle import Bundle
 from gwp_edge.errors import SpecError
 from gwp_edge.export.pipeline import ExportOptions, export_bundle
+from gwp_edge.export.precision import FLOAT_FORMATS, QUANTIZED_FORMATS, make_recipe
 from gwp_edge.export.prompts import read_prompt_embedding
 from gwp_edge.export.synthetic import SIZES, checkpoint_bytes, write_checkpoint
 from gwp_edge.export.unreduced import UnreducedNetwork
 from gwp_edge.export.unreduced_serving import WanVae, load_network, load_vae, pad_prompt
 from gwp_edge.manifest import MANIFEST
+from gwp_edge.sampler import make_schedule
 from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array
 
@@ -42,8 +44,7 @@ def make_checkpoint(
     Raises:
         SpecError: there is no such size, or ``folder`` cannot take it.
     """
-    if size not in SIZES:
-        raise SpecError(f"--size {size} is not known; choose from {', '.join(SIZES)}")
+    _require_size(size)
     vae: Literal["small", "full"] = "small" if size.endswith("tiny") else "full"
     total, done = checkpoint_bytes(SIZES[size], dtype=dtype, vae=vae), 0
 
@@ -53,6 +54,11 @@ def make_checkpoint(
         progress("random checkpoint", done, total)
 
     return write_checkpoint(folder, SIZES[size], dtype=dtype, seed=_SEED, vae=vae, progress=advance)
+
+
+def _require_size(size: str) -> None:
+    if size not in SIZES:
+        raise SpecError(f"--size {size} is not known; choose from {', '.join(SIZES)}")
 
 
 def make_random_bundle(
@@ -66,10 +72,22 @@ def make_random_bundle(
         precision: of the bundle.
         n_steps: denoising steps.
         progress: called with what is done, bytes done and bytes in all.
+
+    Raises:
+        SpecError: size, precision or steps are not known, or random weights cannot have them.
     """
+    # All of it before gigabytes of weights are made; an export would refuse it after that.
+    _require_size(size)
+    make_recipe(precision)
+    make_schedule(n_steps)
     root, out = folder / size, folder / f"{size}-{precision}-{n_steps}.gwp"
     if (out / MANIFEST).is_file():
         return Bundle.open(out)
+    if precision in QUANTIZED_FORMATS:
+        raise SpecError(
+            f"--precision {precision}: random weights have no episodes to be quantized on; choose "
+            f"{', '.join(FLOAT_FORMATS)}, or time an exported bundle by --bundle"
+        )
     if not (root / "checkpoint").is_dir():
         make_checkpoint(root, size, progress=progress)
     options = ExportOptions(

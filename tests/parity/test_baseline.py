@@ -97,6 +97,23 @@ def test_make_checkpoint_unknown_size_is_refused(tmp_path):
         baseline.make_checkpoint(tmp_path / "x", "gwp9")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": "gwp9"}, "--size gwp9 is not known"),
+        ({"precision": "x"}, "--precision x is not known"),
+        ({"precision": "int8"}, "--precision int8: random weights have no episodes"),
+        ({"n_steps": 0}, "--steps must be 1 to 1000, got 0"),
+    ],
+)
+def test_make_random_bundle_of_what_cannot_be_makes_no_checkpoint(tmp_path, changes, message):
+    """Gigabytes of random weights were written before the export said so."""
+    options = {"size": "gwp05-tiny", "precision": "fp32", "n_steps": 3, **changes}
+    with pytest.raises(SpecError, match=message):
+        baseline.make_random_bundle(tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_time_eager_without_repeats_is_refused(answered):
     _, _, bundle, given, actions, policy = answered
     with pytest.raises(SpecError, match="at least 1"):
