@@ -9,11 +9,19 @@ import typer
 from gwp_edge.errors import SpecError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gwp_edge.chunking import Method
     from gwp_edge.schedule import Blend
 
 # Checks whose failure is told and passed over where no arm can be harmed.
 ADVISORY_IN_SIMULATION = frozenset({"statistics", "first action", "calibration"})
+# Every line that some run has, besides one for each bus; which of them, the run itself finds out.
+CHECKS = ADVISORY_IN_SIMULATION | {
+    *("bundle", "engine", "golden", "latency", "memory", "cameras", "camera pictures"),
+    *("arm", "workspace", "can names", "can receivers"),
+    *("power mode", "cpu clocks", "gpu clocks", "throttling"),
+}
 
 ExecutionOption = Annotated[
     str,
@@ -50,6 +58,21 @@ def lead_ns_of(lead_ms: float) -> int:
     if not 0.0 <= lead_ms <= 1000.0:
         raise SpecError(f"--lead-ms: expected 0 to 1000 ms, got {lead_ms:g}; gwp-edge lag finds it")
     return round(lead_ms * 1e6)
+
+
+def find_skipped(names: Sequence[str] | None) -> frozenset[str]:
+    """Return the checks that ``--skip-check`` names, before a process is started.
+
+    Raises:
+        SpecError: no run has a check of this name.
+    """
+    for name in names or ():
+        if name not in CHECKS and not name.startswith("can "):
+            raise SpecError(
+                f"--skip-check {name}: no check is called so; they are "
+                f"{', '.join(sorted(CHECKS))}, can INTERFACE"
+            )
+    return frozenset(names or ())
 
 
 def find_execution(name: str) -> tuple[Method, Blend, bool]:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gwp_edge.commands.comparing import compare
-from gwp_edge.commands.execution import ExecutionOption, LeadOption, WarmStartOption
+from gwp_edge.commands.execution import (
+    ExecutionOption,
+    LeadOption,
+    WarmStartOption,
+    find_skipped,
+)
 from gwp_edge.commands.live_view import LiveView
 from gwp_edge.commands.options import (
     EngineOption,
@@ -157,7 +162,7 @@ def profile(
             motor_hz=motor_hz,
             dry_run=dry_run,
             realtime=realtime,
-            skipped=frozenset(skip_check or ()),
+            skipped=find_skipped(skip_check),
             rerun=rerun,
         )
         report, raws, exit_code = profile_on_robot(given, spec, options)

@@ -15,6 +15,7 @@ from gwp_edge.commands.execution import (
     LeadOption,
     WarmStartOption,
     find_execution,
+    find_skipped,
     lead_ns_of,
 )
 from gwp_edge.commands.options import (
@@ -96,13 +97,13 @@ def run(
         _check_core(motor_cpu)
     method, blend, synchronous = find_execution(execution)
     lead_ns = lead_ns_of(lead_ms)
+    skipped = find_skipped(skip_check)
     spec = read_spec(bundle)
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
     config = load_robot(robot, spec, driver=driver)
     require_serials(config)
-    skipped = frozenset(skip_check or ())
     simulated = config.is_simulated
     if simulated:
         # Nobody stands next to a simulated arm, and an untrained policy is a fair thing to try.

@@ -1,12 +1,16 @@
 """What a command is given is judged before it works for minutes, or moves an arm."""
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from gwp_edge import motor_process, preflight, preflight_machine
 from gwp_edge.cli import app
+from gwp_edge.commands.execution import CHECKS
 from gwp_edge.console import require_writable
 from gwp_edge.errors import SpecError
 from gwp_edge.observation_file import load_observation
@@ -55,6 +59,25 @@ def test_figures_that_cannot_be_written_are_printed(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["bench", "execution", "--json", str(tmp_path / "x.json")])
     assert isinstance(done.exception, SpecError)
     assert "Chunk execution" in done.output
+
+
+@pytest.mark.parametrize("command", ["run", "profile"])
+def test_check_that_no_run_has_is_refused_before_the_start(monkeypatch, command):
+    """It was told when every process had been started and had checked."""
+    monkeypatch.setattr("gwp_edge.manifest.read_spec", lambda _: make_spec())
+    words = (command, "some.gwp", "--robot", "kinematic", "--skip-check", "can can0")
+    text = error_of(*words, "--skip-check", "latnecy")
+    assert text.startswith("--skip-check latnecy: no check is called so; they are ")
+    assert "latency" in text
+
+
+def test_every_check_that_a_run_says_may_be_skipped():
+    said = set()
+    for module in (preflight, preflight_machine, motor_process):
+        text = Path(module.__file__).read_text()
+        said |= set(re.findall(r'(?:\bname ?= ?|\bjudge\()"([^"]+)"', text))
+    assert said - {"can"} <= CHECKS
+    assert {"latency", "workspace", "camera pictures", "throttling"} <= said
 
 
 def test_robot_file_is_not_overwritten(tmp_path):
