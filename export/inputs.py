@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from gwp_edge.spec import PolicySpec
 from gwp_edge.types import Float32Array
 
 Progress = Callable[[str, int, int], None]
+DEFAULT_OBSERVER: Final = "auto"
+DEFAULT_PERCENTILE: Final = 99.9
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -67,8 +69,8 @@ class ExportOptions:
     samples: int = DEFAULT_N_SAMPLES
     held_out_samples: int = DEFAULT_N_HELD_OUT
     seed: int = 0
-    observer: str = "auto"
-    percentile: float = 99.9
+    observer: str = DEFAULT_OBSERVER
+    percentile: float = DEFAULT_PERCENTILE
     smoothing: bool = True
     recipe_file: Path | None = None
     rest: Format | None = None  # None: what suits the target
@@ -86,19 +88,31 @@ def check_idle(options: ExportOptions) -> None:
     """Refuse what would have no effect.
 
     Raises:
-        SpecError: a flag of quantization with a precision that is not quantized.
+        SpecError: a flag of quantization with a precision that is not quantized, or of blocks
+            with one that has none.
     """
+    has_block = options.block != DEFAULT_INT4_BLOCK
     if options.precision in QUANTIZED_FORMATS:
-        return
-    for flag, value in (
-        ("--calibration", options.calibration),
-        ("--calibration-record", options.calibration_record),
-        ("--recipe", options.recipe_file),
-    ):
-        if value is not None:
+        # A recipe may give any layer any format.
+        idle = {"--block": has_block and options.precision != "w4" and options.recipe_file is None}
+        known: tuple[Format, ...] = ("w4",)
+    else:
+        idle = {
+            "--calibration": options.calibration is not None,
+            "--calibration-record": options.calibration_record is not None,
+            "--recipe": options.recipe_file is not None,
+            "--observer": options.observer != DEFAULT_OBSERVER,
+            "--percentile": options.percentile != DEFAULT_PERCENTILE,
+            "--block": has_block,
+            "--device": options.device is not None,
+            "--rest": options.rest is not None,
+        }
+        known = QUANTIZED_FORMATS
+    for flag, is_given in idle.items():
+        if is_given:
             raise SpecError(
                 f"{flag} has no effect with --precision {options.precision}; choose "
-                f"{', '.join(QUANTIZED_FORMATS)}, or leave it out"
+                f"{', '.join(known)}, or leave it out"
             )
 
 
