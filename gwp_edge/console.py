@@ -128,11 +128,13 @@ def require_writable(*paths: Path | None) -> None:
     """Check that files can be written there, before the work whose result they are for.
 
     Raises:
-        SpecError: the folder is not there or not writable, or the path is a folder.
+        SpecError: the folder is not there or not writable, the path is a folder, or two are one.
     """
-    for path in paths:
-        if path is None:
-            continue
+    given = [path for path in paths if path is not None]
+    targets = [path.resolve() for path in given]
+    for path in given:
+        if targets.count(path.resolve()) > 1:
+            raise SpecError(f"{path}: was named for two files; name another one")
         is_stream = _is_stream(path)
         folder = path.resolve().parent
         if not is_stream and not folder.is_dir():

@@ -134,7 +134,7 @@ def profile(
     if task is not None and task not in spec.tasks:
         known = ", ".join(repr(name) for name in spec.tasks)
         raise SpecError(f"--task {task!r} is not in this bundle; it has {known}")
-    _check_targets(json_file, html, trace)
+    require_writable(json_file, html, trace)
     if robot is None:
         _refuse_robot_options(context)
     disturbances: Disturbances = parse_disturbances(disturb or ())
@@ -171,19 +171,6 @@ def profile(
     _write(report, raws, spec, json_file, html, trace)
     if exit_code:
         raise typer.Exit(exit_code)
-
-
-def _check_targets(*paths: Path | None) -> None:
-    """Find out before the measurement what would fail after it.
-
-    Raises:
-        SpecError: a file cannot go there, or two of them are one.
-    """
-    given = [path.resolve() for path in paths if path is not None]
-    require_writable(*given)
-    for path in given:
-        if given.count(path) > 1:
-            raise SpecError(f"{path}: was named for two files")
 
 
 def _refuse_robot_options(context: typer.Context) -> None:

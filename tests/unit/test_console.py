@@ -37,6 +37,13 @@ def test_link_to_a_file_stays_and_its_target_is_written(tmp_path, is_there):
     assert [p.name for p in target.parent.iterdir()] == ["real.json"]
 
 
+def test_two_names_of_one_file_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to("a")
+    require_writable(tmp_path / "a", None, tmp_path / "b")
+    with pytest.raises(SpecError, match="a: was named for two files"):
+        require_writable(tmp_path / "a", None, tmp_path / "link")
+
+
 def test_link_whose_write_fails_leaves_its_target_as_it_was(tmp_path):
     target, link = tmp_path / "real.json", tmp_path / "link.json"
     target.write_text("yesterday")

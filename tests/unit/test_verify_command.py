@@ -88,11 +88,14 @@ def test_stats_with_bad_input_says_why_and_writes_nothing(tmp_path, arguments, m
         (["--norm-stats", "x.json"], "--norm-stats describes the reference"),
         (["--factor", "0.1"], "--factor"),
         (["--html", "/nowhere/at/all.html"], "does not exist"),
+        (["--html", "{tmp}/a", "--json-file", "{tmp}/link"], "was named for two files"),
         ([], "no such bundle"),
     ],
 )
 def test_verify_with_bad_options_says_why(tmp_path, arguments, message):
-    result = run(verify, tmp_path / "policy.gwp", "--dataset", DATASET, *arguments)
+    (tmp_path / "link").symlink_to("a")
+    words = (word.format(tmp=tmp_path) for word in arguments)
+    result = run(verify, tmp_path / "policy.gwp", "--dataset", DATASET, *words)
     assert isinstance(result.exception, SpecError)
     assert message in str(result.exception)
 
