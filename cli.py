@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Annotated
 
-import typer
+try:
+    import typer
 
-from gwp_edge.commands import (
-    benchmarks,
-    building,
-    cameras,
-    evaluating,
-    exporting,
-    inference,
-    lag,
-    machine,
-    planning,
-    profiling,
-    running,
-    sessions,
-    statistics,
-    verifying,
-)
-from gwp_edge.console import one_line_errors, open_closed_streams, say
+    from gwp_edge.commands import (
+        benchmarks,
+        building,
+        cameras,
+        evaluating,
+        exporting,
+        inference,
+        lag,
+        machine,
+        planning,
+        profiling,
+        running,
+        sessions,
+        statistics,
+        verifying,
+    )
+    from gwp_edge.console import one_line_errors, open_closed_streams, say
+except KeyboardInterrupt:  # they take a moment, before there is anybody to tell it in one line
+    if sys.stderr is not None:
+        sys.stderr.write("gwp-edge: interrupted\n")
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     name="gwp-edge",

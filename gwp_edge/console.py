@@ -53,6 +53,8 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(EXIT_FAILED) from e
     except (OSError, MemoryError) as e:
         fail(f"{type(e).__name__}: {e}")
+    except KeyboardInterrupt:
+        fail("interrupted", EXIT_INTERRUPTED)
     except Interrupted:
         fail("interrupted; nothing was left behind", EXIT_INTERRUPTED)
 

@@ -8,7 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from gwp_edge.console import require_writable, write_file, write_json
+from gwp_edge.console import (
+    EXIT_INTERRUPTED,
+    one_line_errors,
+    require_writable,
+    write_file,
+    write_json,
+)
 from gwp_edge.errors import SpecError
 
 
@@ -129,3 +135,29 @@ def test_command_with_closed_streams_works_and_exits_as_its_work_does(tmp_path, 
     assert done.stdout == ""
     assert ("not a bundle" in done.stderr) is (closed == ">&-")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["typer", "gwp_edge.commands.verifying", "gwp_edge.console"])
+def test_interrupt_while_the_commands_are_imported_is_one_line(module):
+    """Ctrl-C in the first moment of any command printed a traceback."""
+    code = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import gwp_edge.cli\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == EXIT_INTERRUPTED
+    assert done.stderr == "gwp-edge: interrupted\n"
+
+
+def test_interrupt_outside_of_what_cleans_up_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exited, one_line_errors():
+        raise KeyboardInterrupt
+    assert exited.value.code == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "gwp-edge: interrupted\n"
