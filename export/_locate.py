@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
         SpecError: the file is missing, not UTF-8, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as e:
         raise SpecError(f"{path}: not readable JSON ({' '.join(str(e).split())[:120]})") from e
     if not isinstance(value, dict):

@@ -66,7 +66,7 @@ def find_layout(name: str) -> Layout:
             f"--layout {name}: not a built-in layout ({', '.join(LAYOUTS)}) and no such file"
         )
     try:
-        layout = msgspec.json.decode(path.read_bytes(), type=Layout)
+        layout = msgspec.json.decode(path.read_text("utf-8-sig"), type=Layout)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
         raise SpecError(f"--layout {path}: {e}") from e
     if not (0 < layout.rate_hz <= 1000) or not 0 < layout.n_rows <= 1000:

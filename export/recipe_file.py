@@ -80,6 +80,5 @@ def read_recipe(path: Path, base: Recipe, layers: Sequence[str]) -> Recipe:
 
 
 def _content(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
-    if path.suffix == ".toml":
-        return tomllib.loads(path.read_text())
-    return json.loads(path.read_text())
+    text = path.read_text("utf-8-sig")
+    return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -22,7 +22,7 @@ def read_budgets(path: Path) -> dict[str, object]:
         SpecError: it is not there, or not TOML.
     """
     try:
-        table: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
+        table: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise SpecError(f"{path}: cannot be read: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:

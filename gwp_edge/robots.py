@@ -127,7 +127,8 @@ def read_robot_file(path: Path) -> RobotConfig:
     """
     try:
         # Decoded here and not by msgspec.toml, whose import of a TOML library differs by Python.
-        robot = msgspec.convert(_toml_loads(path.read_text("utf-8")), RobotConfig)
+        # Some editors put a byte order mark in front, which TOML and JSON do not know.
+        robot = msgspec.convert(_toml_loads(path.read_text("utf-8-sig")), RobotConfig)
     except OSError as e:
         raise SpecError(f"robot file {path}: cannot read it: {e.strerror}") from e
     except (msgspec.ValidationError, ValueError) as e:

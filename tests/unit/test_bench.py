@@ -506,6 +506,11 @@ def test_read_budgets_missing_file_is_named(tmp_path):
         read_budgets(tmp_path / "none.toml")
 
 
+def test_read_budgets_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "b.toml").write_text("[bench]\n", "utf-8-sig")
+    assert read_budgets(tmp_path / "b.toml") == {"bench": {}}
+
+
 def test_read_budgets_not_toml_is_refused(tmp_path):
     (tmp_path / "b.toml").write_text("[bench")
     with pytest.raises(SpecError, match="is not TOML"):

@@ -228,7 +228,7 @@ def test_export_with_layout_file_takes_its_cameras_and_rate(gwp, tmp_path):
         "n_rows": 16,
         "rate_hz": 20,
     }  # fmt: skip
-    (tmp_path / "lift.json").write_text(json.dumps(layout))
+    (tmp_path / "lift.json").write_text(json.dumps(layout), "utf-8-sig")  # as some editors do
     out = tmp_path / "lift.gwp"
     words = ("--out", out, "--layout", tmp_path / "lift.json")
     code, _, err = gwp("export", REFERENCE / "checkpoint", *words)

@@ -228,6 +228,12 @@ def test_read_statistics_of_one_embodiment(tmp_path):
         read_statistics(path, 14, embodiment="ur5")
 
 
+def test_read_statistics_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "norm_stats.json"
+    path.write_text((SOURCE / "norm_stats.json").read_text(), "utf-8-sig")
+    assert read_statistics(path, 14) == read_statistics(SOURCE / "norm_stats.json", 14)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"norm_stats": 1}', "{"])
 def test_read_statistics_other_file_refuses(tmp_path, text):
     path = tmp_path / "norm_stats.json"

@@ -109,6 +109,14 @@ def test_recipe_file_overrides_by_pattern_and_the_last_wins(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"), [("a.json", '{"rest": "fp16"}'), ("a.toml", 'rest = "fp16"')]
+)
+def test_recipe_file_with_a_byte_order_mark_is_read(tmp_path, name, text):
+    (tmp_path / name).write_text(text, "utf-8-sig")
+    assert read_recipe(tmp_path / name, make_recipe("int8"), LAYERS).rest == "fp16"
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "Expecting"),

@@ -52,6 +52,12 @@ def test_robot_file_is_read(tmp_path):
     assert robot.limits["left_joint_1"].velocity_max == 0.5
 
 
+def test_robot_file_with_a_byte_order_mark_is_read(tmp_path):
+    """Editors of Windows put one in front; it was an invalid statement in line 1."""
+    robot = load_robot(_write(tmp_path, f"\ufeff{FILE}"), make_spec())
+    assert robot.arm.options == {"lag_s": 0.1}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
