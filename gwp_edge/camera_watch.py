@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
 
 class CameraWatch:
-    """Calls ``look`` again and again while its owner is inside the ``with`` block.
+    """Calls ``look`` now and then while its owner is busy.
 
     An inference can take as long as the time after which a stall must hold the arm. Engines let
-    other threads run meanwhile. What ``look`` uses belongs to this thread inside the block and to
-    the owner outside of it: the block is left only between two looks.
+    other threads run meanwhile. What ``look`` uses is the owner's inside ``owned``, and else this
+    thread's: the end of an inference does not wait for a look, only the owner's next one does.
 
     Args:
-        look: what to do, given the time in ns. Once it raises it is called no more in this block,
-            whose end raises the same.
+        look: what to do, given the time in ns. When it raises it is not called any more.
         period_s: time between looks.
     """
 
@@ -31,20 +30,26 @@ class CameraWatch:
         self._thread = threading.Thread(target=self._run, name="camera-watch", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> None:
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Look on meanwhile."""
         self._busy.set()
+        try:
+            yield
+        finally:
+            self._busy.clear()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._busy.clear()
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep off meanwhile.
+
+        Raises:
+            Exception: what a look has raised before.
+        """
         with self._lock:
-            found, self._error = self._error, None
-        if found is not None and error is None:
-            raise found
+            if self._error is not None:
+                raise self._error
+            yield
 
     def close(self) -> None:
         """End the thread; safe to call twice."""
@@ -63,5 +68,5 @@ class CameraWatch:
                     continue
                 try:
                     self._look(time.monotonic_ns())
-                except Exception as e:  # the block's end raises it
+                except Exception as e:  # the owner raises it
                     self._error = e

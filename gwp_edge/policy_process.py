@@ -34,6 +34,9 @@ from gwp_edge.types import Chunk, Observation
 logger = logging.getLogger(__name__)
 
 _LOOK_NS = 20_000_000
+# Of the time after which a stall holds the arm: how often it is looked for during an inference,
+# which a look of its own must not slow down.
+_WATCH_SHARE = 0.1
 _N_REMEMBERED = 8
 _WARN_EVERY_NS = 1_000_000_000
 
@@ -136,7 +139,7 @@ class _Runner:
         self._looked: tuple[int, tuple[int, ...]] = (0, ())
         self._cpu_ns = 0
         self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
-        self._watch = CameraWatch(self._watch_cameras, _LOOK_NS / 1e9)
+        self._watch = CameraWatch(self._watch_cameras, limits.stall_ns * _WATCH_SHARE / 1e9)
 
     def run(self) -> None:
         """Check, warm up, then plan until told to stop."""
@@ -160,7 +163,8 @@ class _Runner:
             # Cameras are looked at between plans too: a stall must not wait for the next one.
             if is_due or now_ns - self._t_looked_ns >= _LOOK_NS:
                 self._t_looked_ns = now_ns
-                observation = self._observe(now_ns)
+                with self._watch.owned():
+                    observation = self._observe(now_ns)
             if (
                 not is_due
                 or observation is None
@@ -172,7 +176,7 @@ class _Runner:
                 continue
             self._t_last_observed_ns = observation.t_observed_ns
             t_built_ns, cpu_ns = self._clock.now_ns(), time.process_time_ns()
-            with self._watch:
+            with self._watch.busy():
                 chunk = self._predict(observation)
             t_predicted_ns = self._clock.now_ns()
             self._cpu_ns = time.process_time_ns() - cpu_ns

@@ -22,7 +22,7 @@ def make_watch():
         watch.close()
 
 
-def test_watch_looks_inside_the_block_only(make_watch):
+def test_watch_looks_while_busy_only(make_watch):
     looks, third = [], threading.Event()
 
     def look(now_ns):
@@ -35,30 +35,38 @@ def test_watch_looks_inside_the_block_only(make_watch):
     assert looks == []
     for n_before in (0, 3):
         third.clear()
-        with watch:
+        with watch.busy():
             assert third.wait(10.0)
-        n_looks = len(looks)
+        with watch.owned():
+            n_looks = len(looks)
         assert n_looks >= n_before + 3
         time.sleep(0.05)
         assert len(looks) == n_looks
     assert looks == sorted(looks)
 
 
-def test_block_is_left_between_two_looks(make_watch):
-    began, state = threading.Event(), []
+def test_owner_waits_for_a_look_and_the_end_of_being_busy_does_not(make_watch):
+    began, go_on, done = threading.Event(), threading.Event(), []
 
     def look(_):
         began.set()
-        state.append("looking")
-        time.sleep(0.1)
-        state.append("done")
+        go_on.wait(10.0)
+        done.append(True)
 
-    with make_watch(look):
+    watch = make_watch(look)
+    with watch.busy():
         assert began.wait(10.0)
-    assert state[-1] == "done"
+    assert not done
+    go_on.set()
+    with watch.owned():
+        assert done
+        n_done = len(done)
+        with watch.busy():
+            time.sleep(0.05)
+        assert len(done) == n_done  # it keeps off
 
 
-def test_error_of_a_look_is_raised_once_by_the_blocks_end(make_watch):
+def test_error_of_a_look_ends_the_looking_and_is_the_owners(make_watch):
     n_looks, failed = [], threading.Event()
 
     def look(_):
@@ -67,30 +75,11 @@ def test_error_of_a_look_is_raised_once_by_the_blocks_end(make_watch):
         raise KeyError("a mistake in a camera's code")
 
     watch = make_watch(look)
-
-    def go_on_past_the_failure():
-        with watch:
-            assert failed.wait(10.0)
-            time.sleep(0.05)
-
-    for n_blocks in (1, 2):  # the watch goes on afterwards
-        failed.clear()
-        with pytest.raises(KeyError, match="a mistake"):
-            go_on_past_the_failure()
-        assert len(n_looks) == n_blocks
-
-
-def test_error_of_the_block_itself_is_not_replaced(make_watch):
-    failed = threading.Event()
-
-    def look(_):
-        failed.set()
-        raise KeyError("of the look")
-
-    def fail():
-        with make_watch(look):
-            assert failed.wait(10.0)
-            raise ValueError("of the block")
-
-    with pytest.raises(ValueError, match="of the block"):
-        fail()
+    with watch.owned():
+        pass
+    with watch.busy():
+        assert failed.wait(10.0)
+        time.sleep(0.05)
+    assert len(n_looks) == 1
+    with pytest.raises(KeyError, match="a mistake"), watch.owned():
+        raise AssertionError("not reached")

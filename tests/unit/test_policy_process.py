@@ -186,7 +186,6 @@ def test_camera_that_fails_during_an_inference_holds_at_once_and_ends_the_loop(m
 
     assert str(play_beside(rig, play)) == "camera cam_high: unplugged"
     assert found == [True] * 3
-    assert rig.words[Word.POLICY_N_CHUNKS] == 0  # what it was computing is not published
 
 
 def test_cameras_may_be_late_while_the_arm_is_being_enabled(make_rig):
