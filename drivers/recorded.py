@@ -152,11 +152,12 @@ class RsFileSource:
                     f"camera {self._role}: {o.path}: is no recording of librealsense, or has no "
                     "colour stream"
                 )
+            # The pace is kept here, so that several files play in step. Told before the start: the
+            # SDK would begin at the file's own pace, and what nobody reads in that time is lost.
+            self._playback = config.resolve(pipeline).get_device().as_playback()
+            self._playback.set_real_time(False)
             profile = pipeline.start(config)
             self._pipeline = pipeline
-            self._playback = profile.get_device().as_playback()
-            # The pace is kept here, so that several files play in step.
-            self._playback.set_real_time(False)
             stream = profile.get_stream(rs.stream.color).as_video_stream_profile()
         except RuntimeError as e:
             raise DeviceError(

@@ -205,17 +205,14 @@ def measure_loop(
         folder = Path(name)
         command = _bare_loop(folder)
         n = round(duration_s * RATE_HZ)
-        arguments = [str(n), str(round(1e9 / RATE_HZ)), str(_PRIORITY if realtime else 0)]
+        priority = str(_PRIORITY if realtime else 0)
+        timed = [*command, str(n), str(round(1e9 / RATE_HZ)), priority]
         bare: list[subprocess.Popen[bytes]] = []
 
         def on_status(status: RunStatus) -> None:
             if not bare and status.mode is Mode.RUN:
                 # Away from the terminal: Ctrl-C must not end it before the run that it runs beside.
-                bare.append(
-                    subprocess.Popen(
-                        [*command, *arguments], stdout=subprocess.PIPE, start_new_session=True
-                    )
-                )
+                bare.append(subprocess.Popen(timed, stdout=subprocess.PIPE, start_new_session=True))
 
         with FakeProcess(str(folder / "left")) as left, FakeProcess(str(folder / "right")) as right:
             options = _run_options(

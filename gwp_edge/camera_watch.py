@@ -25,7 +25,7 @@ class CameraWatch:
         self._period_s = period_s
         self._lock = threading.Lock()
         self._busy = threading.Event()
-        self._closed = False
+        self._closing = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="camera-watch", daemon=True)
         self._thread.start()
@@ -53,18 +53,17 @@ class CameraWatch:
 
     def close(self) -> None:
         """End the thread; safe to call twice."""
-        self._closed = True
+        self._closing.set()
         self._busy.set()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
             self._busy.wait()
-            if self._closed:
+            if self._closing.wait(self._period_s):
                 return
-            time.sleep(self._period_s)
             with self._lock:
-                if not self._busy.is_set() or self._closed or self._error is not None:
+                if not self._busy.is_set() or self._error is not None:
                     continue
                 try:
                     self._look(time.monotonic_ns())

@@ -138,6 +138,7 @@ class _Runner:
         self._used: tuple[int, Guidance | None] = (-1, None)
         self._looked: tuple[int, tuple[int, ...]] = (0, ())
         self._cpu_ns = 0
+        self._stalled_over = ""
         self._tap = PolicyTap(options.tap, self._spec, cameras) if options.tap else None
         self._watch = CameraWatch(self._watch_cameras, limits.stall_ns * _WATCH_SHARE / 1e9)
 
@@ -197,6 +198,9 @@ class _Runner:
 
     def _observe(self, now_ns: int) -> Observation | None:
         """Return an observation, or None after noting why there is none."""
+        if self._stalled_over:
+            self._say(EventKind.WARNING, f"during an inference: {self._stalled_over}")
+            self._stalled_over = ""
         is_being_enabled = self._words[Word.MOTOR_MODE] == Mode.CONNECTED
         try:
             observation = self._observer.observe(now_ns)
@@ -217,7 +221,7 @@ class _Runner:
         return observation
 
     def _watch_cameras(self, now_ns: int) -> None:
-        """Look during an inference: hold over a stall, and keep quiet about anything less."""
+        """Look during an inference: hold over a stall, and let the owner of the words say so."""
         if self._words[Word.MOTOR_MODE] == Mode.CONNECTED:
             return
         try:
@@ -225,7 +229,7 @@ class _Runner:
         except StaleError as e:
             if self._observer.is_stalled(now_ns) and not self._words[Word.POLICY_CAMERA_STALL]:
                 self._words[Word.POLICY_CAMERA_STALL] = 1
-                self._say(EventKind.WARNING, f"no usable frames during an inference: {e}")
+                self._stalled_over = str(e)
         except DeviceError:
             self._words[Word.POLICY_CAMERA_STALL] = 1
             raise

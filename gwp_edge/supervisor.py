@@ -190,8 +190,9 @@ class Supervisor:
             or self._see_fault()
             or self._see_guardian()
             or self._see_key()
-            or self._see_world()
         )
+        if not ended and self._world is not None:
+            self._world.check()
         return not ended
 
     def _turn(self) -> None:
@@ -285,11 +286,6 @@ class Supervisor:
         elif key is Key.RESUME and self._words[Word.REQUEST] in (Request.HOLD, Request.RUN):
             self._words[Word.RESUME_COUNT] += 1
             self._words[Word.REQUEST] = int(Request.RUN)
-        return False
-
-    def _see_world(self) -> bool:
-        if self._world is not None:
-            self._world.check()
         return False
 
     # End

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def rs_recording(request, tmp_path_factory):
     recorder = rs.recorder(str(path), device)
     stage = recorder.query_sensors()[0]
     stage.open(stage.get_stream_profiles()[0])
-    stage.start(lambda _frame: None)
+    delivered = threading.Semaphore(0)
+    stage.start(lambda _frame: delivered.release())
     for i in range(N_FRAMES):
         push_frame(
             rs,
@@ -55,7 +57,8 @@ def rs_recording(request, tmp_path_factory):
             number=i + 1,
             domain="system_time",
         )
-        time.sleep(0.01)
+        # At once after each other: frames that lie close together must not get lost in playing.
+        assert delivered.acquire(timeout=PATIENCE_S)
     stage.stop()
     stage.close()
     recorder.pause()

@@ -83,3 +83,10 @@ def test_error_of_a_look_ends_the_looking_and_is_the_owners(make_watch):
     assert len(n_looks) == 1
     with pytest.raises(KeyError, match="a mistake"), watch.owned():
         raise AssertionError("not reached")
+
+
+def test_close_does_not_wait_for_the_next_look():
+    watch = CameraWatch(lambda _: None, 600.0)
+    with watch.busy():
+        time.sleep(0.02)
+    watch.close()

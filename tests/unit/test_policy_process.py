@@ -164,13 +164,16 @@ def test_cameras_are_watched_during_an_inference(make_rig):
         rig.camera.frozen_at_ns = None
         found.append(await_word(rig, Word.POLICY_CAMERA_STALL, 0))
         found.append(not inference.ended.is_set())
-        rig.words[Word.POLICY_STOP] = 1
         inference.let_go.set()
+        # It is said by the loop itself, at its next look: two chunks are two looks.
+        found.append(await_word(rig, Word.POLICY_N_CHUNKS, 2))
+        rig.words[Word.POLICY_STOP] = 1
 
     assert play_beside(rig, play) is None
-    assert found == [True] * 5
+    assert found == [True] * 6
     said = [e.text for e in rig.motor.events["policy"].drain()]
-    assert sum("no usable frames during an inference" in text for text in said) == 1
+    told = [text for text in said if text.startswith("during an inference: camera cam_high")]
+    assert len(told) == 1
 
 
 def test_camera_that_fails_during_an_inference_holds_at_once_and_ends_the_loop(make_rig):
