@@ -89,4 +89,7 @@ def test_close_does_not_wait_for_the_next_look():
     watch = CameraWatch(lambda _: None, 600.0)
     with watch.busy():
         time.sleep(0.02)
-    watch.close()
+    closing = threading.Thread(target=watch.close, daemon=True)
+    closing.start()
+    closing.join(30.0)
+    assert not closing.is_alive()
