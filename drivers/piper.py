@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from struct import pack
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from struct import Struct
 
 import numpy as np
 
 from gwp_edge.clock import MonotonicClock
+from gwp_edge.drivers.piper_feedback import ALL_ENABLED
 from gwp_edge.drivers.piper_link import CodecLink, PiperLink
 from gwp_edge.drivers.piper_options import PiperOptions, parse_options
 from gwp_edge.drivers.piper_unit import N_CHANNELS, PiperUnit
 from gwp_edge.errors import DeviceError, DeviceTimeoutError, SafetyFault, SpecError
 from gwp_edge.protocols import Arm, Clock
 from gwp_edge.spec import Channel, PolicySpec
-from gwp_edge.types import ArmState, FloatArray, JointLimits
+from gwp_edge.types import ArmState, FloatArray, JointLimits, frozen_array
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class PiperArm:
         """
         _check_channels(channels, len(options.arms))
         self._channels = tuple(channels)
+        self._pack = Struct(f"{2 * len(channels)}d").pack
         self._clock: Clock = MonotonicClock() if clock is None else clock
         opener = _default_opener(options) if open_link is None else open_link
         self._units = tuple(
@@ -97,7 +98,8 @@ class PiperArm:
     @property
     def current_a(self) -> FloatArray:
         """Newest motor currents, shape (D,), A; NaN for grippers and before the first frame."""
-        return _frozen([a for u in self._units for a in (*u.feedback.current_a, math.nan)])
+        values = [a for u in self._units for a in (*u.feedback.current_a, math.nan)]
+        return frozen_array(values, np.float64)
 
     def open(self, *, enable: bool) -> None:
         """Connect and check every arm; with ``enable`` power them only when all are well.
@@ -127,36 +129,47 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        _each([(unit.poll, now_ns) for unit in self._units])
-        position: list[float] = []
+        failure: DeviceError | None = None
+        values: list[float] = []
         velocity: list[float] = []
         faults: list[str] = []
         cautions: list[str] = []
-        t_received_ns, enabled = now_ns, True
+        t_received_ns, enabled, drifted = now_ns, True, False
         for unit in self._units:
+            try:
+                unit.poll(now_ns)
+            except DeviceError as e:  # the next arm's frames are read all the same
+                failure = _worse(failure, e)
+                continue
             feedback = unit.feedback
             if feedback.joint_rad is None or feedback.gripper_um is None:
                 raise DeviceError(f"{unit.name} is not open: call open first")
-            position += feedback.joint_rad
-            position.append(feedback.gripper_um * 1e-6)
+            values += feedback.joint_rad
+            values.append(feedback.gripper_um * 1e-6)
             velocity += feedback.velocity_rad_s
             velocity.append(math.nan)
             if feedback.t_received_ns < t_received_ns:
                 t_received_ns = feedback.t_received_ns
-            if not unit.enabled():
-                enabled = False
+            enabled = enabled and feedback.enabled_mask == ALL_ENABLED
+            drifted = drifted or unit.drifted or unit.doubtful
             if (fault := feedback.fault(now_ns)) is not None:
                 faults.append(fault)
             if (caution := feedback.caution) is not None:
                 cautions.append(caution)
+        if failure is not None:
+            raise failure
+        values += velocity
+        # Of bytes, an array is read-only from the start, and it takes half as long as of a list.
+        arrays = np.frombuffer(self._pack(*values))
+        n = len(self._channels)
         return ArmState(
-            position=_frozen(position),
-            velocity=_frozen(velocity),
+            position=arrays[:n],
+            velocity=arrays[n:],
             t_received_ns=t_received_ns,
             enabled=enabled,
             fault="; ".join(faults) or None,
             caution="; ".join(cautions) or None,
-            drifted=any(unit.drifted or unit.doubtful for unit in self._units),
+            drifted=drifted,
         )
 
     def send(self, position: FloatArray) -> None:
@@ -179,7 +192,14 @@ class PiperArm:
             unit.prepare(targets[i * N_CHANNELS : (i + 1) * N_CHANNELS])
             for i, unit in enumerate(self._units)
         ]
-        _each([(u.send, command) for u, command in zip(self._units, commands, strict=True)])
+        failure: DeviceError | None = None
+        for unit, command in zip(self._units, commands, strict=True):
+            try:
+                unit.send(command)
+            except DeviceError as e:  # noqa: PERF203 - the next arm gets its command all the same
+                failure = _worse(failure, e)
+        if failure is not None:
+            raise failure
 
     def hold(self) -> None:
         """Command every arm the pose that it had at the first call; works without ``enable``.
@@ -190,7 +210,14 @@ class PiperArm:
         Raises:
             DeviceError: an arm could not be held; the others were.
         """
-        _each([(unit.hold,) for unit in self._units])
+        failure: DeviceError | None = None
+        for unit in self._units:
+            try:
+                unit.hold()
+            except DeviceError as e:  # noqa: PERF203 - the next arm is held all the same
+                failure = _worse(failure, e)
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -198,29 +225,12 @@ class PiperArm:
             unit.close()
 
 
-def _each(calls: Iterable[tuple[Any, ...]]) -> None:
-    """Make every call, so that one arm's failure does not cost the other; then raise the worst.
+def _worse(one: DeviceError | None, other: DeviceError) -> DeviceError:
+    """Return what to raise of two arms' failures: one that ends the run before one that does not.
 
-    Args:
-        calls: a function and its arguments each.
-
-    Raises:
-        DeviceError: from an action; one that ends the run before one that does not.
+    Each arm has its turn before anything is raised, so that one's failure does not cost the other.
     """
-    failure: DeviceError | None = None
-    for action, *arguments in calls:
-        try:
-            action(*arguments)
-        except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
-            if failure is None or isinstance(failure, DeviceTimeoutError):
-                failure = e
-    if failure is not None:
-        raise failure
-
-
-def _frozen(values: list[float]) -> FloatArray:
-    # Of bytes, an array is read-only from the start, and it takes half as long as of a list.
-    return np.frombuffer(pack(f"{len(values)}d", *values))
+    return other if one is None or isinstance(one, DeviceTimeoutError) else one
 
 
 def _check_channels(channels: Sequence[Channel], n_arms: int) -> None:

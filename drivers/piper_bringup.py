@@ -214,7 +214,7 @@ def enable(port: Port, *, speed_percent: int, gripper_effort_mnm: int) -> None:
     _enable_joints(port, seed)
     _enter_can_mode(port, seed, speed_percent)
     _enable_gripper(port, seed, gripper_effort_mnm)
-    port.feedback.armed = True
+    port.feedback.set_armed(True)
 
 
 def _enable_joints(port: Port, seed: Command) -> None:

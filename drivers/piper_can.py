@@ -11,7 +11,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,6 +41,9 @@ CAN_FRAME = Struct("=IB3x8s")
 CAN_FILTER = Struct("=II")
 # A frame on the Unix socket: struct can_frame and the monotonic time at which it was sent.
 UNIX_FRAME = Struct("=IB3x8sq")
+# The same as a driver wants it, where the length is 8.
+_UNIX_OF_8 = Struct("=I4x8sq")
+_LENGTH_AT = 4
 
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
@@ -126,11 +129,16 @@ class RealtimeOffset:
 
     def monotonic_ns(self, realtime_ns: int) -> int:
         """Return the monotonic time of the CLOCK_REALTIME stamp of a frame of this drain."""
-        t_ns = realtime_ns + self.offset_ns
-        if t_ns < self._t_emptied_ns:
-            return self._t_emptied_ns
+        return self.all_monotonic_ns((realtime_ns,))[0]
+
+    def all_monotonic_ns(self, realtime_ns: Iterable[int]) -> list[int]:
+        """Return the monotonic times of CLOCK_REALTIME stamps of frames of this drain."""
         # What arrives while the queue is drained is taken to have come at its begin.
-        return t_ns if t_ns < self._t_drain_ns else self._t_drain_ns
+        offset, first, last = self.offset_ns, self._t_emptied_ns, self._t_drain_ns
+        return [
+            first if (t_ns := real_ns + offset) < first else t_ns if t_ns < last else last
+            for real_ns in realtime_ns
+        ]
 
 
 def pack_filters(can_ids: Sequence[int]) -> bytes:
@@ -143,7 +151,9 @@ def filter_rows(can_ids: Sequence[int]) -> frozenset[tuple[int, int]]:
     return frozenset({(0, _ERROR_MASK), *((can_id, _DATA_MASK) for can_id in can_ids)})
 
 
-def _gone(name: str, e: OSError) -> DeviceError:
+def _gone(name: str, e: OSError | EOFError) -> DeviceError:
+    if isinstance(e, EOFError):
+        return DeviceError(f"CAN channel {name} was closed by the other side")
     reason = errno.errorcode.get(e.errno or 0, str(e.errno))
     if e.errno in (errno.ENETDOWN, errno.ENODEV, errno.ENXIO):
         return DeviceError(
@@ -153,105 +163,96 @@ def _gone(name: str, e: OSError) -> DeviceError:
     return DeviceError(f"CAN channel {name} failed: {e.strerror or e} ({reason})")
 
 
-class SocketCan:
-    """One raw CAN socket with kernel filters, error frames and receive stamps.
-
-    Written to the kernel's documented interface; not yet run on hardware. Threads: one owner.
-    """
-
-    def __init__(self, name: str, can_ids: Sequence[int]) -> None:
-        self.name = name
-        check_interface(name)
-        self._offset = RealtimeOffset()
-        try:
-            self._socket = socket.socket(AF_CAN, socket.SOCK_RAW, CAN_RAW)
-        except OSError as e:
-            raise DeviceError(
-                f"CAN interface {name}: this kernel has no CAN sockets ({e.strerror}): load the "
-                "modules can and can_raw"
-            ) from e
-        try:
-            configure_socket(self._socket, can_ids)
-            self._socket.bind((name,))
-        except OSError as e:
-            self._socket.close()
-            raise _gone(name, e) from e
-        self._packets = _Packets(name, self._socket, CAN_FRAME.size, stamps=True)
-
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Send ``frames``; see ``CanTransport.send``."""
-        self._packets.send([CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames])
-
-    def receive(self) -> list[StampedFrame]:
-        """Return the waiting frames; see ``CanTransport.receive``."""
-        offset = self._offset
-        offset.begin_drain()
-        frames: list[StampedFrame] = []
-        for _ in range(_MAX_CALLS):
-            view, n = self._packets.receive()
-            stamps = self._packets.stamps_ns(n)
-            if 0 in stamps:  # the kernel gave no stamp: the present is the best there is
-                now_ns = time.time_ns()
-                stamps = [stamp_ns or now_ns for stamp_ns in stamps]
-            frames += [
-                (can_id, data if length == 8 else data[:length], offset.monotonic_ns(stamp_ns))
-                for (can_id, length, data), stamp_ns in zip(
-                    CAN_FRAME.iter_unpack(view), stamps, strict=True
-                )
-            ]
-            if n < _CALL_FRAMES:
-                offset.end_drain()
-                break
-        return frames
-
-    def close(self) -> None:
-        """Close; safe to call twice."""
-        self._packets.close()
-        self._socket.close()
-
-
-class _Packets:
-    """A socket's packets in batches, with this module's errors. Threads: one owner."""
+class _SocketEnd:
+    """A socket's frames in batches, with this module's errors. Threads: one owner."""
 
     def __init__(
         self, name: str, endpoint: socket.socket, packet_bytes: int, *, stamps: bool
     ) -> None:
-        self._name = name
+        self.name = name
+        self._socket = endpoint
         self._batch: SocketBatch | None = SocketBatch(
             endpoint, packet_bytes, n_receive=_CALL_FRAMES, stamps=stamps
         )
 
     def _opened(self) -> SocketBatch:
         if self._batch is None:
-            raise DeviceError(f"CAN channel {self._name} is closed")
+            raise DeviceError(f"CAN channel {self.name} is closed")
         return self._batch
 
-    def send(self, packets: Sequence[bytes]) -> None:
+    def _send(self, packets: Sequence[bytes]) -> None:
+        batch = self._batch or self._opened()
         try:
-            n_sent = self._opened().send(packets)
+            n_sent = batch.send(packets)
         except OSError as e:
             if e.errno not in (errno.ENOBUFS, errno.EAGAIN):
-                raise _gone(self._name, e) from e
+                raise _gone(self.name, e) from e
             n_sent = 0
         if n_sent < len(packets):
             raise CanBusyError(
-                f"CAN channel {self._name}: transmit queue is full, {n_sent} of {len(packets)} "
+                f"CAN channel {self.name}: transmit queue is full, {n_sent} of {len(packets)} "
                 "frames were sent"
             )
 
-    def receive(self) -> tuple[memoryview, int]:
-        try:
-            return self._opened().receive()
-        except EOFError as e:
-            raise DeviceError(f"CAN channel {self._name} was closed by the other side") from e
-        except OSError as e:
-            raise _gone(self._name, e) from e
-
-    def stamps_ns(self, n: int) -> list[int]:
-        return self._opened().stamps_ns(n)
-
     def close(self) -> None:
+        """Close; safe to call twice."""
         self._batch = None
+        self._socket.close()
+
+
+class SocketCan(_SocketEnd):
+    """One raw CAN socket with kernel filters, error frames and receive stamps.
+
+    Written to the kernel's documented interface; not yet run on hardware. Threads: one owner.
+    """
+
+    def __init__(self, name: str, can_ids: Sequence[int]) -> None:
+        check_interface(name)
+        self._offset = RealtimeOffset()
+        try:
+            raw = socket.socket(AF_CAN, socket.SOCK_RAW, CAN_RAW)
+        except OSError as e:
+            raise DeviceError(
+                f"CAN interface {name}: this kernel has no CAN sockets ({e.strerror}): load the "
+                "modules can and can_raw"
+            ) from e
+        try:
+            configure_socket(raw, can_ids)
+            raw.bind((name,))
+        except OSError as e:
+            raw.close()
+            raise _gone(name, e) from e
+        super().__init__(name, raw, CAN_FRAME.size, stamps=True)
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames``; see ``CanTransport.send``."""
+        self._send([CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames])
+
+    def receive(self) -> list[StampedFrame]:
+        """Return the waiting frames; see ``CanTransport.receive``."""
+        batch = self._batch or self._opened()
+        offset = self._offset
+        offset.begin_drain()
+        frames: list[StampedFrame] = []
+        for _ in range(_MAX_CALLS):
+            try:
+                view, n = batch.receive()
+            except (OSError, EOFError) as e:
+                raise _gone(self.name, e) from e
+            stamps = batch.stamps_ns(n)
+            if 0 in stamps:  # the kernel gave no stamp: the present is the best there is
+                now_ns = time.time_ns()
+                stamps = [stamp_ns or now_ns for stamp_ns in stamps]
+            frames += [
+                (can_id, data if length == 8 else data[:length], t_ns)
+                for (can_id, length, data), t_ns in zip(
+                    CAN_FRAME.iter_unpack(view), offset.all_monotonic_ns(stamps), strict=True
+                )
+            ]
+            if n < _CALL_FRAMES:
+                offset.end_drain()
+                break
+        return frames
 
 
 def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
@@ -262,7 +263,7 @@ def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
     raw.settimeout(0)
 
 
-class UnixCan:
+class UnixCan(_SocketEnd):
     """Frames over a Unix SEQPACKET socket to a fake arm in another process.
 
     Stamps are the monotonic time at which the arm sent the frame, so that a late reader cannot
@@ -270,10 +271,8 @@ class UnixCan:
     """
 
     def __init__(self, name: str, can_ids: Sequence[int], endpoint: socket.socket) -> None:
-        self.name = name
+        super().__init__(name, endpoint, UNIX_FRAME.size, stamps=False)
         self._wanted = frozenset(can_ids)
-        self._socket = endpoint
-        self._packets = _Packets(name, endpoint, UNIX_FRAME.size, stamps=False)
 
     @classmethod
     def connect(cls, path: str, can_ids: Sequence[int]) -> UnixCan:
@@ -296,27 +295,33 @@ class UnixCan:
     def send(self, frames: Sequence[Frame]) -> None:
         """Send ``frames``; see ``CanTransport.send``."""
         t_ns = time.monotonic_ns()
-        self._packets.send([UNIX_FRAME.pack(can_id, 8, data, t_ns) for can_id, data in frames])
+        self._send([UNIX_FRAME.pack(can_id, 8, data, t_ns) for can_id, data in frames])
 
     def receive(self) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
+        batch = self._batch or self._opened()
         frames: list[StampedFrame] = []
         wanted = self._wanted
         for _ in range(_MAX_CALLS):
-            view, n = self._packets.receive()
-            frames += [
-                (can_id, data if length == 8 else data[:length], t_ns)
-                for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
-                if can_id in wanted or can_id & CAN_ERR_FLAG
-            ]
+            try:
+                view, n = batch.receive()
+            except (OSError, EOFError) as e:
+                raise _gone(self.name, e) from e
+            if view[_LENGTH_AT :: UNIX_FRAME.size].tobytes().count(8) == n:  # as nearly always
+                frames += [
+                    frame
+                    for frame in _UNIX_OF_8.iter_unpack(view)
+                    if frame[0] in wanted or frame[0] & CAN_ERR_FLAG
+                ]
+            else:
+                frames += [
+                    (can_id, data[:length], t_ns)
+                    for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
+                    if can_id in wanted or can_id & CAN_ERR_FLAG
+                ]
             if n < _CALL_FRAMES:
                 break
         return frames
-
-    def close(self) -> None:
-        """Close; safe to call twice."""
-        self._packets.close()
-        self._socket.close()
 
 
 class VirtualCan:

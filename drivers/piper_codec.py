@@ -78,6 +78,7 @@ PARAMETER_END_SPEED, PARAMETER_COLLISION, PARAMETER_GRIPPER = 1, 2, 4
 _MDEG_PER_RAD = 180_000.0 / math.pi
 RAD_PER_MDEG = math.pi / 180_000.0
 UM_PER_M = 1e6
+_SCALES = (_MDEG_PER_RAD,) * N_JOINTS + (UM_PER_M,)
 
 _PAIR, _SIX = Struct(">ii"), Struct(">6i")
 _BYTES = Struct(">8B")
@@ -124,6 +125,17 @@ def rad_to_mdeg(*angles_rad: float) -> list[int]:
         raise SafetyFault(
             f"PiPER joint targets are {angles_rad}, one is not a number; nothing was sent"
         ) from None
+
+
+def to_protocol(position: Sequence[float]) -> list[int]:
+    """Return six joint angles, rad, and the gripper's opening, m, in 0.001 degree and 0.001 mm.
+
+    Rounded as by ``rad_to_mdeg`` and ``m_to_um``; for every tick, of values that are checked.
+
+    Raises:
+        ValueError, OverflowError: one is not finite.
+    """
+    return [round(value * scale) for value, scale in zip(position, _SCALES, strict=True)]
 
 
 def mdeg_to_rad(angle_mdeg: int) -> float:

@@ -10,11 +10,7 @@ from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers import piper_words
 from gwp_edge.drivers.piper_bringup import Port, bus_off_error, check_alone, connect, enable
 from gwp_edge.drivers.piper_can import CanBusyError
-from gwp_edge.drivers.piper_feedback import (
-    ALL_ENABLED,
-    SILENCE_NS,
-    PiperFeedback,
-)
+from gwp_edge.drivers.piper_feedback import SILENCE_NS, PiperFeedback
 from gwp_edge.drivers.piper_limits import PiperLimits, check_firmware, limits_from
 from gwp_edge.drivers.piper_link import Command, PiperLink, make_command
 from gwp_edge.drivers.piper_options import PiperOptions
@@ -219,7 +215,9 @@ class PiperUnit:
         Raises:
             DeviceError: the bus is off or gone; stays so until the arm is opened again.
         """
-        link = self._opened()
+        link = self._link
+        if link is None or self._failed is not None:
+            link = self._opened()
         try:
             link.poll(self.feedback)
         except DeviceError as e:
@@ -278,30 +276,38 @@ class PiperUnit:
                 j + 1,
             )
 
-    def enabled(self) -> bool:
-        """Whether all six joint motors report power."""
-        return self.feedback.enabled_mask == ALL_ENABLED
-
     def prepare(self, position: Sequence[float]) -> Command:
         """Return the checked command for seven targets, rad and m; sends nothing.
 
         Raises:
             SafetyFault: not finite, or far outside of what this arm can do.
         """
-        limits = self.limits
-        if limits is None:
+        if not self._accepted:
             raise DeviceError(f"{self.name} is not open: call open first")
-        joint_mdeg = codec.rad_to_mdeg(*position[: codec.N_JOINTS])
-        gripper_um = codec.m_to_um(position[codec.N_JOINTS])
-        for i, (value, (low, high)) in enumerate(zip(position, self._accepted, strict=True)):
+        for value, (low, high) in zip(position, self._accepted, strict=True):
             if not low <= value <= high:
-                what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
-                raise SafetyFault(
-                    f"{self.name}: {what} target {value:.4f} is far outside its range "
-                    f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}; nothing was "
-                    "sent"
-                )
+                raise self._refusal(position)
+        *joint_mdeg, gripper_um = codec.to_protocol(position)
         return make_command(joint_mdeg, (gripper_um, self._effort_mnm))
+
+    def _refusal(self, position: Sequence[float]) -> SafetyFault:
+        """Return what is wrong with seven targets of which one is not accepted."""
+        limits = self.limits
+        assert limits is not None  # known since there are ranges to accept
+        i = next(
+            i
+            for i, (value, (low, high)) in enumerate(zip(position, self._accepted, strict=True))
+            if not low <= value <= high
+        )
+        what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
+        if not math.isfinite(position[i]):
+            text = f"{what} target is {position[i]}, not a number"
+        else:
+            text = (
+                f"{what} target {position[i]:.4f} is far outside its range "
+                f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}"
+            )
+        return SafetyFault(f"{self.name}: {text}; nothing was sent")
 
     def send(self, command: Command) -> None:
         """Send one tick.
@@ -311,11 +317,13 @@ class PiperUnit:
             DeviceError: opened for reading only, someone else has the arm, five ticks in a row
                 were dropped, or the bus is gone.
         """
-        link = self._opened()
-        if not self.feedback.armed:
+        link, feedback = self._link, self.feedback
+        if link is None or self._failed is not None:
+            link = self._opened()
+        if not feedback.armed:
             raise DeviceError(f"{self.name} is open for reading only: open it with enable")
-        if self.feedback.stop_streaming:
-            raise DeviceError(f"{self.name}: {self.feedback.latched}")
+        if feedback.stop_streaming:
+            raise DeviceError(f"{self.name}: {feedback.latched}")
         now_ns = self._clock.now_ns()
         try:
             if now_ns - self._t_mode_ns >= MODE_PERIOD_NS:
@@ -375,6 +383,6 @@ class PiperUnit:
     def close(self) -> None:
         """Close the bus; the arm keeps holding its last target. Safe to call twice."""
         link, self._link = self._link, None
-        self.feedback.armed = False
+        self.feedback.set_armed(False)
         if link is not None:
             link.close()

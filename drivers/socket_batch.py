@@ -67,18 +67,16 @@ class _Batch:
         # The kernel writes into the headers; this is what they must be before each call.
         self._template = bytes(self.headers)
         self._control_bytes = control_bytes
-        self.address = ctypes.c_void_p(ctypes.addressof(self.headers))
-        self._words = memoryview(self.headers).cast("B").cast("I")
+        # Made once: of anything else ctypes makes such a reference at every call.
+        self.address = ctypes.byref(self.headers)
+        # Bytes of each packet.
+        self.lengths = memoryview(self.headers).cast("B").cast("I")[_LENGTH_WORD::_HEADER_WORDS]
 
     def renew(self, n: int) -> None:
         """Undo what the kernel wrote for ``n`` packets: no old stamp may pass for a new one."""
         if n:
             ctypes.memmove(self.address, self._template, n * ctypes.sizeof(_BatchHeader))
             self.control[: n * self._control_bytes] = bytes(n * self._control_bytes)
-
-    def length(self, i: int) -> int:
-        """Return the bytes of packet ``i``."""
-        return self._words[i * _HEADER_WORDS + _LENGTH_WORD]
 
 
 class SocketBatch:
@@ -105,8 +103,9 @@ class SocketBatch:
         stamps: bool,
     ) -> None:
         try:
-            # No argtypes, which are called one by one: ints go as C ints, addresses as c_void_p.
-            libc = ctypes.CDLL(None, use_errno=True)
+            # No argtypes, which are called one by one: ints go as C ints, addresses as references.
+            # PyDLL keeps the interpreter's lock: these calls never block.
+            libc = ctypes.PyDLL(None, use_errno=True)
             self._recvmmsg, self._sendmmsg = libc.recvmmsg, libc.sendmmsg
         except (OSError, AttributeError) as e:
             raise DeviceError(f"libc has no recvmmsg and sendmmsg: {e}") from e
@@ -133,18 +132,17 @@ class SocketBatch:
         """
         if self._stamps:
             self._in.renew(self._n_last)
-        # What a failing call wrote is unknown.
-        self._n_last = self._n_receive
+            self._n_last = self._n_receive  # what a failing call wrote is unknown
         n: int = self._recvmmsg(self._fd, self._in.address, self._n_receive, _MSG_DONTWAIT, None)
         if n < 0:
             number = ctypes.get_errno()
-            if number in (errno.EAGAIN, errno.EINTR):
-                self._n_last = 0
-                return self._view[:0], 0
-            raise OSError(number, os.strerror(number))
+            if number not in (errno.EAGAIN, errno.EINTR):
+                raise OSError(number, os.strerror(number))
+            n = 0
         self._n_last = n
-        if n and self._in.length(n - 1) == 0:
-            while n and self._in.length(n - 1) == 0:
+        lengths = self._in.lengths
+        if n and lengths[n - 1] == 0:
+            while n and lengths[n - 1] == 0:
                 n -= 1
             if n == 0:
                 raise EOFError

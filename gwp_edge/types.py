@@ -158,16 +158,17 @@ class ArmState:
 
     def __post_init__(self) -> None:
         # At every tick: a driver whose arrays are as they must be pays for no more than a look.
-        if not (_is_frozen(self.position) and _is_frozen(self.velocity)):
+        position, velocity = self.position, self.velocity
+        if not (
+            type(position) is type(velocity) is np.ndarray
+            and position.dtype is velocity.dtype is _FLOAT64
+            and not (position.flags.writeable or velocity.flags.writeable)
+        ):
             object.__setattr__(self, "position", frozen_array(self.position, np.float64))
             object.__setattr__(self, "velocity", frozen_array(self.velocity, np.float64))
 
 
 _FLOAT64 = np.dtype(np.float64)
-
-
-def _is_frozen(array: object) -> bool:
-    return type(array) is np.ndarray and array.dtype is _FLOAT64 and not array.flags.writeable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -438,6 +438,71 @@ def test_frames_of_wrong_length_or_a_wild_gripper_are_left_out(rig):
     assert rig.watch().position == pytest.approx(before)
 
 
+def test_wild_gripper_that_repeats_itself_is_no_sign_of_life(rig):
+    rig.watch()
+    feedback = rig.arm.units[0].feedback
+    t_ns = feedback.t_gripper_ns
+    wild = struct.pack(">iHBB", 3_000_000, 0, 0x40, 0)
+    for _ in range(3):
+        feedback.ingest([(0x2A8, wild, t_ns + MS)])
+    assert (feedback.n_bad, feedback.t_gripper_ns) == (3, t_ns)
+
+
+def test_angles_that_cannot_be_do_not_hide_that_none_come(rig):
+    rig.fake.faults.mute_ids = frozenset(codec.ID_JOINT_FEEDBACK)
+    nonsense = [data for _, data in codec.encode_joints([3_000_000] * 6)]
+    for _ in range(22):
+        rig.arm.units[0].feedback.ingest(
+            (can_id, data, rig.clock.t_ns)
+            for can_id, data in zip(codec.ID_JOINT_FEEDBACK, nonsense, strict=True)
+        )
+        state = rig.watch()
+    assert "no joint angles feedback for" in state.fault
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_arm_of_two_without_power_or_with_drift_speaks_for_both(side):
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=False)
+    for fake in rig.fakes:
+        fake.enabled = [True] * 6
+    state = rig.watch(20)
+    assert state.enabled
+    assert not state.drifted
+    rig.fakes[side].enabled[2] = False
+    rig.arm.units[side].drifted = True
+    state = rig.watch(20)
+    assert not state.enabled
+    assert state.drifted
+
+
+@pytest.mark.parametrize(
+    ("can_id", "data", "words"),
+    [
+        (0x2A1, bytes([2, 0, 1, 0, 0, 0, 0, 0]), "the arm left CAN control"),
+        (0x261, bytes(8), "joint 1: its motor lost power"),
+        (0x2A8, bytes(8), "gripper: its motor lost power"),
+    ],
+)
+def test_what_the_arm_said_before_it_was_armed_is_judged_again(can_id, data, words):
+    feedback = PiperFeedback("arm")
+    for t_ns in (1, 2):
+        feedback.ingest([(can_id, data, t_ns)])
+    assert feedback.latched is None
+    feedback.set_armed(True)
+    feedback.ingest([(can_id, data, 3)])
+    assert words in feedback.latched
+
+
+def test_frame_that_says_the_same_again_counts_as_news_of_the_arm(rig):
+    feedback = rig.arm.units[0].feedback
+    gripper = struct.pack(">iHBB", 1000, 0, 0x40, 0)
+    for t_ns in (rig.clock.t_ns, rig.clock.t_ns + MS):
+        feedback.ingest([(0x2A8, gripper, t_ns)])
+        assert feedback.t_gripper_ns == t_ns
+    assert feedback.n_bad == 0
+
+
 def test_drift_on_known_firmware_is_a_fault_within_a_third_of_a_second():
     from gwp_edge.drivers.piper_fake import FakePiper
 

@@ -17,10 +17,13 @@ def _state(position: object, velocity: object) -> ArmState:
     )
 
 
-def _frozen(values: list[float]) -> np.ndarray:
-    array = np.array(values)
+def _frozen_of(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
+
+
+def _frozen(values: list[float]) -> np.ndarray:
+    return _frozen_of(np.array(values))
 
 
 @pytest.mark.parametrize(
@@ -29,11 +32,13 @@ def _frozen(values: list[float]) -> np.ndarray:
         pytest.param([0.1, 0.2], id="list"),
         pytest.param(np.array([0.1, 0.2]), id="writable"),
         pytest.param(np.array([0.1, 0.2], np.float32), id="float32"),
+        pytest.param(_frozen_of(np.array([0.1, 0.2], np.float32)), id="float32 read-only"),
         pytest.param(np.array([[0.1, 0.2], [0.3, 0.4]])[0], id="view"),
     ],
 )
 def test_arm_state_of_careless_arrays_is_read_only_float64(given: object) -> None:
-    for position, velocity in ((given, _frozen([0.0, 0.0])), (_frozen([0.0, 0.0]), given)):
+    good = _frozen([0.0, 0.0])
+    for position, velocity in ((given, good), (good, given), (given, given)):
         state = _state(position, velocity)
         for array in (state.position, state.velocity):
             assert array.dtype == np.float64
