@@ -154,7 +154,8 @@ class LoopReport:
         if not self.driver.tick_us[0] <= MAX_DRIVER_US:
             lines.append(
                 f"driver: p50 is {self.driver.tick_us[0]:.0f} us, "
-                f"at most {MAX_DRIVER_US:.0f} us is allowed"
+                f"at most {MAX_DRIVER_US:.0f} us is allowed "
+                f"({self.driver.again_us[0]:.0f} us when it runs again at once)"
             )
         if self.realtime and not self.kill_to_hold_ms.p99 <= MAX_KILL_TO_HOLD_MS:
             lines.append(

@@ -412,5 +412,5 @@ def test_driver_benchmark_measures_every_tick():
     cost = measure_driver_cost(n_ticks=20, n_warm_up=5, n_holds=3)
     assert cost.n_ticks == 20
     assert cost.n_frames > 0
-    for values in (cost.tick_us, cost.cpu_us, cost.state_us, cost.hold_us):
+    for values in (cost.tick_us, cost.cpu_us, cost.state_us, cost.again_us, cost.hold_us):
         assert 0 < values[0] <= values[1] <= values[2] <= values[3]

@@ -54,7 +54,7 @@ def test_numbers_out_of_range_are_refused():
 def report(**changes):
     cost = DriverCost(
         n_ticks=1, n_warm_up=1, n_frames=1, tick_us=(150.0,) * 4, cpu_us=(1.0,) * 4,
-        state_us=(1.0,) * 4, bare_us=(1.0,) * 4, hold_us=(1.0,) * 4,
+        state_us=(1.0,) * 4, again_us=(1.0,) * 4, bare_us=(1.0,) * 4, hold_us=(1.0,) * 4,
     )  # fmt: skip
     none = Distribution.of([])
     changes.setdefault("kill_to_hold_ms", Distribution.of([10.0, 50.0]))
