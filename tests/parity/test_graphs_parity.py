@@ -144,29 +144,36 @@ def test_graphs_equal_eager_path(tmp_path, name, precision, form):
         x = want
 
 
-def _rms(a, b):
+def _row_errors(a, b):
+    """Return the RMS difference of every row, relative to the RMS of all of ``b``."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+    return np.sqrt(np.mean((a - b) ** 2, axis=-1) / np.mean(b**2)).ravel()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["mot_one_layer", "dense_one_layer"])
 def test_portable_graphs_round_where_the_eager_path_does(tmp_path, name, precision):
-    """One block is too short for a rare flip of the last place to spread, so this can be strict.
+    """A flip of a last place, which processors have in different rows, stays in its row here.
 
-    With the rounding of products left out the step differs by 2.6e-4 in fp16, 2e-3 in bf16.
+    One block is too short for it to spread: on one processor 7 of 48 rows differ, by 5e-3 at most,
+    the others by 2e-6. With the rounding of operands or products left out all differ, by more than
+    2e-4 in fp16, 2e-3 in bf16.
     """
     written = Written(tmp_path, name, precision, "portable")
     x = written.inputs.noise
-    moved, want = torch.from_numpy(written.step(x, 1)) - x, written.eager.denoise(x, 1) - x
-    assert _rms(moved, want) < 1e-4
+    steps = []
+    for step in range(written.spec.sampler.n_steps):
+        want = written.eager.denoise(x, step) - x
+        steps.append(_row_errors(torch.from_numpy(written.step(x, step)) - x, want))
     prefill = written.run(
         "prefill",
         {**written.prompt(), "latent": written.inputs.latent, "state": written.inputs.state},
     )
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    for key, want in written.prefix().items():
-        assert _rms(prefill[key], want.to(dtype).float()) < 1e-4, key
+    prefix = [_row_errors(prefill[k], v.to(dtype).float()) for k, v in written.prefix().items()]
+    for errors in (np.concatenate(steps), np.concatenate(prefix)):
+        assert np.median(errors) < 1e-5
+        assert errors.max() < 2e-2
 
 
 def test_graphs_of_other_weights_differ(tmp_path):
