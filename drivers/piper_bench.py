@@ -45,7 +45,7 @@ class DriverCost:
         cpu_us: the same in processor time of this thread, which other programs cannot lengthen
             but by cold caches.
         state_us: the same for ``state`` alone.
-        again_us: the same for a second tick right after the first, which finds its code and data
+        again_us: the same for a second tick soon after the first, which finds its code and data
             in the caches and few frames to read: the distance to ``tick_us`` is mostly what the
             machine makes of a program that stands still for 5 ms.
         bare_us: the same for the bare system calls of such a tick, in the same run: recvmmsg of
@@ -148,6 +148,7 @@ def _run(arm: PiperArm, n_ticks: int, n_warm_up: int) -> tuple[dict[str, list[in
         arm.send(pose)
         end_ns = time.perf_counter_ns()
         cpu_end_ns = time.thread_time_ns()
+        bare_ns = calls.time_ns()
         again_begin_ns = time.perf_counter_ns()
         arm.state()
         arm.send(pose)
@@ -161,7 +162,7 @@ def _run(arm: PiperArm, n_ticks: int, n_warm_up: int) -> tuple[dict[str, list[in
             times_ns["cpu"].append(cpu_end_ns - cpu_begin_ns)
             times_ns["state"].append(between_ns - begin_ns)
             times_ns["again"].append(again_end_ns - again_begin_ns)
-            times_ns["bare"].append(calls.time_ns())
+            times_ns["bare"].append(bare_ns)
     calls.close()
     return times_ns, sum(unit.feedback.n_frames for unit in arm.units) - n_before
 

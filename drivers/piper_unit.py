@@ -304,7 +304,7 @@ class PiperUnit:
             text = f"{what} target is {position[i]}, not a number"
         else:
             text = (
-                f"{what} target {position[i]:.4f} is far outside its range "
+                f"{what} target {position[i]:.6g} is far outside its range "
                 f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}"
             )
         return SafetyFault(f"{self.name}: {text}; nothing was sent")

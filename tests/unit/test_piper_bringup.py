@@ -478,16 +478,32 @@ def test_send_four_frames_a_tick_and_the_mode_five_times_a_second():
     assert len(ids) == 4 * 400 + 10
 
 
-@pytest.mark.parametrize("where", [0, 6, 13])
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e9, -4.0])
-def test_send_target_that_cannot_be_meant_sends_nothing_to_either_arm(where, value):
+@pytest.mark.parametrize(
+    ("where", "channel"),
+    [
+        (0, "left arm (can_left): joint 1"),
+        (6, "left arm (can_left): gripper"),
+        (13, "right arm (can_right): gripper"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (math.nan, "is nan, not a number"),
+        (math.inf, "is inf, not a number"),
+        (1e9, "1e+09 is far outside its range"),
+        (-4.0, "-4 is far outside its range"),
+    ],
+)
+def test_send_target_that_cannot_be_meant_sends_nothing_to_either_arm(where, channel, value, words):
     rig = Rig(n_arms=2)
     rig.arm.open(enable=True)
     target = rig.watch().position.copy()
     target[where] = value
     n_sent = [len(bus.sent) for bus in rig.buses]
-    with pytest.raises(SafetyFault, match="nothing was sent"):
+    with pytest.raises(SafetyFault, match="nothing was sent") as caught:
         rig.arm.send(target)
+    assert f"{channel} target {words}" in str(caught.value)
     assert [len(bus.sent) for bus in rig.buses] == n_sent
 
 

@@ -182,6 +182,12 @@ def test_socketcan_frames_without_stamp_mean_now_and_not_the_last_frames_time(ca
     assert len(stamped_ns) == len(bare_ns) == 3
     assert max(stamped_ns) < before_ns - 5_000_000
     assert min(bare_ns) >= before_ns - 100_000
+    stand_in.near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    for _ in range(3):
+        stand_in.far.send(packet)
+    sent_ns = time.monotonic_ns()
+    time.sleep(0.01)
+    assert max(t_ns for _, _, t_ns in transport.receive()) < sent_ns + 5_000_000
 
 
 def test_socketcan_error_frame_is_decoded_as_bus_off(can_socket):
@@ -432,6 +438,24 @@ def test_unix_peer_that_does_not_read_fills_the_queue(pair):
 
     with pytest.raises(CanBusyError, match="transmit queue is full"):
         fill()
+
+
+def test_unix_frames_of_full_length_are_filtered_too(pair):
+    transport, theirs = pair
+    for can_id in (0x2A5, 0x2A2, CAN_ERR_FLAG | 0x40, 0x2A8):
+        theirs.send(UNIX_FRAME.pack(can_id, 8, bytes(8), 123))
+    heard = [can_id for can_id, _, _ in transport.receive()]
+    assert heard == [0x2A5, CAN_ERR_FLAG | 0x40, 0x2A8]
+
+
+def test_unix_peer_that_closes_is_heard_to_its_end(pair):
+    transport, theirs = pair
+    for i in range(2):
+        theirs.send(UNIX_FRAME.pack(0x2A5, 8, bytes(8), i))
+    theirs.close()
+    assert [t_ns for _, _, t_ns in transport.receive()] == [0, 1]
+    with pytest.raises(DeviceError, match="closed by the other side"):
+        transport.receive()
 
 
 def test_unix_peer_that_closes_is_a_device_error(pair):

@@ -45,6 +45,7 @@ import numpy as np
 import pytest
 from piper_rig import MS, Rig
 
+from gwp_edge.drivers import piper_bringup
 from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.piper_fake import FakePiper
 from gwp_edge.drivers.piper_feedback import ERR_NO_ACK, ERR_RESTARTED, PiperFeedback
@@ -354,6 +355,8 @@ def test_full_queue_drops_ticks_counts_and_gives_up_after_five(rig):
     assert rig.arm.units[0].n_dropped == 9
     with pytest.raises(DeviceError, match="5 times in a row"):
         rig.arm.send(pose)
+    with pytest.raises(DeviceError, match="5 times in a row"):
+        rig.watch()
 
 
 def test_lost_joint_frames_never_mix_two_moments(rig):
@@ -480,8 +483,8 @@ def test_one_arm_of_two_without_power_or_with_drift_speaks_for_both(side):
     ("can_id", "data", "words"),
     [
         (0x2A1, bytes([2, 0, 1, 0, 0, 0, 0, 0]), "the arm left CAN control"),
-        (0x261, bytes(8), "joint 1: its motor lost power"),
         (0x2A8, bytes(8), "gripper: its motor lost power"),
+        *((0x260 + j, bytes(8), f"joint {j}: its motor lost power") for j in range(1, 7)),
     ],
 )
 def test_what_the_arm_said_before_it_was_armed_is_judged_again(can_id, data, words):
@@ -492,6 +495,35 @@ def test_what_the_arm_said_before_it_was_armed_is_judged_again(can_id, data, wor
     feedback.set_armed(True)
     feedback.ingest([(can_id, data, 3)])
     assert words in feedback.latched
+
+
+def test_arm_that_leaves_can_control_just_before_it_is_armed_is_not_commanded(monkeypatch):
+    rig = Rig()
+    enable_gripper = piper_bringup._enable_gripper
+
+    def at_the_last_moment(port, *arguments):
+        enable_gripper(port, *arguments)
+        rig.fake.press_teach()
+        port.wait(20 * MS, lambda: False)
+
+    monkeypatch.setattr(piper_bringup, "_enable_gripper", at_the_last_moment)
+    rig.arm.open(enable=True)
+    assert "the arm left CAN control" in rig.watch().fault
+    n_sent = len(rig.bus.sent)
+    with pytest.raises(DeviceError, match="left CAN control"):
+        rig.arm.send(rig.watch().position)
+    assert len(rig.bus.sent) == n_sent
+
+
+def test_nothing_of_the_last_connection_is_taken_for_the_present_one(rig):
+    rig.arm.close()
+    feedback = rig.arm.units[0].feedback
+    feedback.reset()
+    assert np.isnan(feedback.motor_rad).all()
+    assert np.isnan(feedback.velocity_rad_s).all()
+    rig.fake.faults.mute_ids = frozenset({0x263})
+    with pytest.raises(DeviceTimeoutError, match=r"joint 3 driver \(0x263\)"):
+        rig.arm.open(enable=True)
 
 
 def test_frame_that_says_the_same_again_counts_as_news_of_the_arm(rig):
@@ -614,25 +646,29 @@ def test_dead_bus_of_one_arm_does_not_keep_the_other_from_being_read_and_sent():
     assert len(rig.buses[1].sent) >= n_sent + 4
 
 
-def test_full_queue_of_one_arm_gives_way_to_a_dead_bus_of_the_other():
+@pytest.mark.parametrize(("busy", "dead", "name"), [(0, 1, "right arm"), (1, 0, "left arm")])
+def test_full_queue_of_one_arm_gives_way_to_a_dead_bus_of_the_other(busy, dead, name):
     rig = Rig(n_arms=2)
     rig.arm.open(enable=True)
     pose = rig.watch().position
-    rig.buses[0].busy = 1
-    rig.buses[1].down = True
-    with pytest.raises(DeviceError, match="right arm") as caught:
+    rig.buses[busy].busy = 1
+    rig.buses[dead].down = True
+    with pytest.raises(DeviceError, match=name) as caught:
         rig.arm.send(pose)
     assert not isinstance(caught.value, TimeoutError)
 
 
-def test_state_time_is_that_of_the_older_arm():
+@pytest.mark.parametrize(
+    ("side", "name"), [(0, "left arm (can_left)"), (1, "right arm (can_right)")]
+)
+def test_state_time_is_that_of_the_older_arm(side, name):
     rig = Rig(n_arms=2)
     rig.arm.open(enable=True)
-    rig.fakes[1].faults.mute_ids = frozenset({0x2A6})
+    rig.fakes[side].faults.mute_ids = frozenset({0x2A6})
     state = rig.watch(10)
     assert rig.clock.t_ns - state.t_received_ns >= 45 * MS
     text, _ = rig.fault_after(110 * MS)
-    assert text.startswith("right arm (can_right): no joint angles")
+    assert text.startswith(f"{name}: no joint angles")
 
 
 # --- hold ---
