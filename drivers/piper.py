@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from struct import Struct
+from typing import Any
 
 import numpy as np
 
@@ -129,23 +130,18 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        failure: DeviceError | None = None
-        values: list[float] = []
+        _each([(unit.poll, now_ns) for unit in self._units])
+        position: list[float] = []
         velocity: list[float] = []
         faults: list[str] = []
         cautions: list[str] = []
         t_received_ns, enabled, drifted = now_ns, True, False
         for unit in self._units:
-            try:
-                unit.poll(now_ns)
-            except DeviceError as e:  # the next arm's frames are read all the same
-                failure = _worse(failure, e)
-                continue
             feedback = unit.feedback
             if feedback.joint_rad is None or feedback.gripper_um is None:
                 raise DeviceError(f"{unit.name} is not open: call open first")
-            values += feedback.joint_rad
-            values.append(feedback.gripper_um * 1e-6)
+            position += feedback.joint_rad
+            position.append(feedback.gripper_um * 1e-6)
             velocity += feedback.velocity_rad_s
             velocity.append(math.nan)
             if feedback.t_received_ns < t_received_ns:
@@ -156,11 +152,8 @@ class PiperArm:
                 faults.append(fault)
             if (caution := feedback.caution) is not None:
                 cautions.append(caution)
-        if failure is not None:
-            raise failure
-        values += velocity
         # Of bytes, an array is read-only from the start, and it takes half as long as of a list.
-        arrays = np.frombuffer(self._pack(*values))
+        arrays = np.frombuffer(self._pack(*position, *velocity))
         n = len(self._channels)
         return ArmState(
             position=arrays[:n],
@@ -192,14 +185,7 @@ class PiperArm:
             unit.prepare(targets[i * N_CHANNELS : (i + 1) * N_CHANNELS])
             for i, unit in enumerate(self._units)
         ]
-        failure: DeviceError | None = None
-        for unit, command in zip(self._units, commands, strict=True):
-            try:
-                unit.send(command)
-            except DeviceError as e:  # noqa: PERF203 - the next arm gets its command all the same
-                failure = _worse(failure, e)
-        if failure is not None:
-            raise failure
+        _each([(u.send, command) for u, command in zip(self._units, commands, strict=True)])
 
     def hold(self) -> None:
         """Command every arm the pose that it had at the first call; works without ``enable``.
@@ -210,14 +196,7 @@ class PiperArm:
         Raises:
             DeviceError: an arm could not be held; the others were.
         """
-        failure: DeviceError | None = None
-        for unit in self._units:
-            try:
-                unit.hold()
-            except DeviceError as e:  # noqa: PERF203 - the next arm is held all the same
-                failure = _worse(failure, e)
-        if failure is not None:
-            raise failure
+        _each([(unit.hold,) for unit in self._units])
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -225,12 +204,24 @@ class PiperArm:
             unit.close()
 
 
-def _worse(one: DeviceError | None, other: DeviceError) -> DeviceError:
-    """Return what to raise of two arms' failures: one that ends the run before one that does not.
+def _each(calls: Iterable[tuple[Any, ...]]) -> None:
+    """Make every call, so that one arm's failure does not cost the other; then raise the worst.
 
-    Each arm has its turn before anything is raised, so that one's failure does not cost the other.
+    Args:
+        calls: a function and its arguments each.
+
+    Raises:
+        DeviceError: from an action; one that ends the run before one that does not.
     """
-    return other if one is None or isinstance(one, DeviceTimeoutError) else one
+    failure: DeviceError | None = None
+    for action, *arguments in calls:
+        try:
+            action(*arguments)
+        except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
+            if failure is None or isinstance(failure, DeviceTimeoutError):
+                failure = e
+    if failure is not None:
+        raise failure
 
 
 def _check_channels(channels: Sequence[Channel], n_arms: int) -> None:

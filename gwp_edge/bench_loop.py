@@ -206,8 +206,7 @@ def measure_loop(
         folder = Path(name)
         command = _bare_loop(folder)
         n = round(duration_s * RATE_HZ)
-        priority = str(_PRIORITY if realtime else 0)
-        timed = [*command, str(n), str(round(1e9 / RATE_HZ)), priority]
+        timed = [*command, str(n), str(round(1e9 / RATE_HZ)), str(_PRIORITY if realtime else 0)]
         bare: list[subprocess.Popen[bytes]] = []
 
         def on_status(status: RunStatus) -> None:

@@ -144,6 +144,11 @@ def test_graphs_equal_eager_path(tmp_path, name, precision, form):
         x = want
 
 
+def _rms(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
+
+
 def _row_errors(a, b):
     """Return the RMS difference of every row, relative to the RMS of all of ``b``."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -165,15 +170,15 @@ def test_portable_graphs_round_where_the_eager_path_does(tmp_path, name, precisi
     for step in range(written.spec.sampler.n_steps):
         want = written.eager.denoise(x, step) - x
         steps.append(_row_errors(torch.from_numpy(written.step(x, step)) - x, want))
+    assert np.quantile(steps, 0.75) < 1e-5
+    assert np.max(steps) < 2e-2
     prefill = written.run(
         "prefill",
         {**written.prompt(), "latent": written.inputs.latent, "state": written.inputs.state},
     )
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    prefix = [_row_errors(prefill[k], v.to(dtype).float()) for k, v in written.prefix().items()]
-    for errors in (np.concatenate(steps), np.concatenate(prefix)):
-        assert np.median(errors) < 1e-5
-        assert errors.max() < 2e-2
+    for key, want in written.prefix().items():
+        assert _rms(prefill[key], want.to(dtype).float()) < 1e-4, key
 
 
 def test_graphs_of_other_weights_differ(tmp_path):
