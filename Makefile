@@ -40,7 +40,7 @@ $(SYSTEM_STAMP): scripts/system-packages.sh
 	@SKIP_SYSTEM_PACKAGES='$(SKIP_SYSTEM_PACKAGES)' scripts/system-packages.sh
 	@mkdir -p $(VENV) && touch $@
 
-$(PYTHON_STAMP): pyproject.toml constraints.txt | $(SYSTEM_STAMP)
+$(PYTHON_STAMP): pyproject.toml constraints.txt $(wildcard drivers/piper_c/*) | $(SYSTEM_STAMP)
 	@python="$$(scripts/find-python.sh '$(PYTHON)')"; \
 		if ! test -x $(BIN)/python; then \
 			echo "setup: making $(VENV) with $$python ($$($$python -V))"; \
@@ -51,7 +51,9 @@ $(PYTHON_STAMP): pyproject.toml constraints.txt | $(SYSTEM_STAMP)
 		$(PIP) install -qq -c constraints.txt --index-url '$(TORCH_INDEX)' torch; \
 	fi
 	@echo 'setup: installing gwp-edge[$(EXTRAS)] at the versions of constraints.txt (minutes on a slow line)'
+	@rm -f drivers/piper_native.*.so
 	@$(PIP) install -qq -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python -c 'import gwp_edge.drivers.piper_core'
 	@touch $@
 
 test: setup ## all checks: format, lint, types, every test (what CI runs)
@@ -103,11 +105,12 @@ test-all-pythons: wheel build/bundles/.made ## the runtime from its wheel, witho
 check-wheels: setup ## do all robot-side dependencies have aarch64 wheels? (downloads, installs nothing)
 	@$(BIN)/python scripts/check_wheels.py
 
-test-aarch64: wheel build/bundles/.made ## the runtime's tests on an emulated aarch64 Debian; needs root, slow
-	@scripts/test-aarch64.sh build/dist build/bundles
+test-aarch64: build/bundles/.made ## the runtime's tests on an emulated aarch64 Debian; needs root, slow
+	@scripts/test-aarch64.sh $(BIN)/python build/bundles
 
-clean: ## remove what the targets made, except the virtual environment
+clean: ## remove what the targets made, except the virtual environment and what is installed in it
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -f $(PYTHON_STAMP) drivers/piper_native.*.so
 	@find gwp_edge export calibration drivers tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the virtual environment too

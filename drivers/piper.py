@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from struct import Struct
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 
 from gwp_edge.clock import MonotonicClock
-from gwp_edge.drivers.piper_feedback import ALL_ENABLED
+from gwp_edge.drivers.piper_core import encode_arms, read_arms
+from gwp_edge.drivers.piper_feedback import ALL_ENABLED, SILENCE_NS
 from gwp_edge.drivers.piper_link import CodecLink, PiperLink
 from gwp_edge.drivers.piper_options import PiperOptions, parse_options
 from gwp_edge.drivers.piper_unit import N_CHANNELS, PiperUnit
@@ -54,7 +55,8 @@ class PiperArm:
         """
         _check_channels(channels, len(options.arms))
         self._channels = tuple(channels)
-        self._pack = Struct(f"{2 * len(channels)}d").pack
+        self._effort_mnm = round(options.gripper_effort_nm * 1000)
+        self._ranges = b""
         self._clock: Clock = MonotonicClock() if clock is None else clock
         opener = _default_opener(options) if open_link is None else open_link
         self._units = tuple(
@@ -66,6 +68,10 @@ class PiperArm:
             )
             for name, can in options.arms
         )
+        # What every tick asks of every arm.
+        self._stores = tuple(unit.feedback for unit in self._units)
+        self._polls = tuple(unit.poll for unit in self._units)
+        self._sends = tuple(unit.send for unit in self._units)
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -119,6 +125,7 @@ class PiperArm:
                     unit.enable()
             for unit in self._units:
                 unit.settle()
+            self._ranges = np.array([u.accepted for u in self._units], np.float64).tobytes()
         except BaseException:
             self.close()
             raise
@@ -130,39 +137,34 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        _each([(unit.poll, now_ns) for unit in self._units])
-        position: list[float] = []
-        velocity: list[float] = []
-        faults: list[str] = []
-        cautions: list[str] = []
-        t_received_ns, enabled, drifted = now_ns, True, False
+        _each(self._polls, repeat((now_ns,)))
+        whole = read_arms(self._stores)
+        if whole is None:
+            name = next(u.name for u in self._units if read_arms((u.feedback,)) is None)
+            raise DeviceError(f"{name} is not open: call open first")
+        position, velocity, t_received_ns, t_oldest_ns = whole
+        is_silent = now_ns - t_oldest_ns > SILENCE_NS  # something is; which matters to its arm
+        enabled, drifted = True, False
+        fault: str | None = None
+        caution: str | None = None
         for unit in self._units:
             feedback = unit.feedback
-            if feedback.joint_rad is None or feedback.gripper_um is None:
-                raise DeviceError(f"{unit.name} is not open: call open first")
-            position += feedback.joint_rad
-            position.append(feedback.gripper_um * 1e-6)
-            velocity += feedback.velocity_rad_s
-            velocity.append(math.nan)
-            if feedback.t_received_ns < t_received_ns:
-                t_received_ns = feedback.t_received_ns
             enabled = enabled and feedback.enabled_mask == ALL_ENABLED
             drifted = drifted or unit.drifted or unit.doubtful
-            if (fault := feedback.fault(now_ns)) is not None:
-                faults.append(fault)
-            if (caution := feedback.caution) is not None:
-                cautions.append(caution)
-        # Of bytes, an array is read-only from the start, and it takes half as long as of a list.
-        arrays = np.frombuffer(self._pack(*position, *velocity))
-        n = len(self._channels)
-        return ArmState(
-            position=arrays[:n],
-            velocity=arrays[n:],
-            t_received_ns=t_received_ns,
-            enabled=enabled,
-            fault="; ".join(faults) or None,
-            caution="; ".join(cautions) or None,
-            drifted=drifted,
+            if is_silent or feedback.latched is not None:
+                fault = _joined(fault, feedback.fault(now_ns))
+            if feedback.passing is not None:
+                caution = _joined(caution, feedback.caution)
+        return ArmState._make(
+            (
+                np.frombuffer(position),  # read-only, as bytes are
+                np.frombuffer(velocity),
+                t_received_ns if t_received_ns < now_ns else now_ns,
+                enabled,
+                fault,
+                caution,
+                drifted,
+            )
         )
 
     def send(self, position: FloatArray) -> None:
@@ -175,17 +177,30 @@ class PiperArm:
             DeviceError: an arm must not be commanded any more, or cannot.
             SafetyFault: not finite, or it does not fit; nothing was sent.
         """
-        if position.shape != (len(self._channels),):
+        if not self._ranges:
+            name = next((u.name for u in self._units if not u.accepted), self._units[0].name)
+            raise DeviceError(f"{name} is not open: call open first")
+        targets: list[float] = position.tolist()
+        try:
+            commands = encode_arms(targets, self._ranges, self._effort_mnm)
+        except (TypeError, ValueError):
             raise SafetyFault(
                 f"PiPER command: expected shape ({len(self._channels)},), got {position.shape}; "
                 "nothing was sent"
-            )
-        targets: list[float] = position.tolist()
-        commands = [
-            unit.prepare(targets[i * N_CHANNELS : (i + 1) * N_CHANNELS])
-            for i, unit in enumerate(self._units)
-        ]
-        _each([(u.send, command) for u, command in zip(self._units, commands, strict=True)])
+            ) from None
+        if commands is None:
+            raise self._refusal(targets)
+        now_ns = self._clock.now_ns()
+        _each(self._sends, zip(commands, repeat(now_ns)))
+
+    def _refusal(self, targets: Sequence[float]) -> SafetyFault:
+        """Return what is wrong with targets of which one is not accepted."""
+        try:
+            for i, unit in enumerate(self._units):
+                unit.check(targets[i * N_CHANNELS : (i + 1) * N_CHANNELS])
+        except SafetyFault as e:
+            return e
+        return SafetyFault(f"PiPER command: {targets} does not fit its frames; nothing was sent")
 
     def hold(self) -> None:
         """Command every arm the pose that it had at the first call; works without ``enable``.
@@ -196,7 +211,8 @@ class PiperArm:
         Raises:
             DeviceError: an arm could not be held; the others were.
         """
-        _each([(unit.hold,) for unit in self._units])
+        now_ns = self._clock.now_ns()
+        _each([unit.hold for unit in self._units], repeat((now_ns,)))
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -204,19 +220,24 @@ class PiperArm:
             unit.close()
 
 
-def _each(calls: Iterable[tuple[Any, ...]]) -> None:
-    """Make every call, so that one arm's failure does not cost the other; then raise the worst.
+def _joined(text: str | None, more: str | None) -> str | None:
+    return more if text is None else text if more is None else f"{text}; {more}"
+
+
+def _each(actions: Iterable[Callable[..., None]], arguments: Iterable[tuple[Any, ...]]) -> None:
+    """Call every action, so that one arm's failure does not cost the other; then raise the worst.
 
     Args:
-        calls: a function and its arguments each.
+        actions: one for each arm.
+        arguments: what to call each with.
 
     Raises:
         DeviceError: from an action; one that ends the run before one that does not.
     """
     failure: DeviceError | None = None
-    for action, *arguments in calls:
+    for action, its in zip(actions, arguments):  # noqa: B905 - the arguments may be endless
         try:
-            action(*arguments)
+            action(*its)
         except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
             if failure is None or isinstance(failure, DeviceTimeoutError):
                 failure = e

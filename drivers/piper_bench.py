@@ -19,11 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from gwp_edge.clock import MonotonicClock
+from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.piper import PiperArm
 from gwp_edge.drivers.piper_can import UNIX_FRAME
+from gwp_edge.drivers.piper_core import FrameStore, SocketPort
 from gwp_edge.drivers.piper_fake_bus import FakeProcess
+from gwp_edge.drivers.piper_link import RECEIVED_IDS, make_command
 from gwp_edge.drivers.piper_options import parse_options
-from gwp_edge.drivers.socket_batch import SocketBatch
 from gwp_edge.realtime import SPIN_NS, make_realtime
 from gwp_edge.spec import Channel
 
@@ -48,8 +50,8 @@ class DriverCost:
         again_us: the same for a second tick soon after the first, which finds its code and data
             in the caches and few frames to read: the distance to ``tick_us`` is mostly what the
             machine makes of a program that stands still for 5 ms.
-        bare_us: the same for the bare system calls of such a tick, in the same run: recvmmsg of
-            as many packets from two sockets and sendmmsg of four to each, nothing decoded.
+        bare_us: the same for its part in C alone, in the same run: as many frames read from two
+            sockets and decoded, four sent to each.
         ratio: p50 of ``tick_us`` over that of ``bare_us``.
         hold_us: the same for ``hold`` on a second connection that was opened ahead, us.
     """
@@ -66,7 +68,7 @@ class DriverCost:
 
     @property
     def ratio(self) -> float:
-        """Driver over bare system calls, p50."""
+        """Driver over its part in C alone, p50."""
         return self.tick_us[0] / self.bare_us[0]
 
 
@@ -168,33 +170,32 @@ def _run(arm: PiperArm, n_ticks: int, n_warm_up: int) -> tuple[dict[str, list[in
 
 
 class _BareCalls:
-    """The system calls of one tick on two sockets of this process. Threads: one owner."""
+    """The compiled part of one tick on two sockets of this process. Threads: one owner."""
 
     def __init__(self) -> None:
         kind = socket.SOCK_SEQPACKET
         self._pairs = [socket.socketpair(socket.AF_UNIX, kind) for _ in range(2)]
-        self._ends = [
-            SocketBatch(near, UNIX_FRAME.size, n_receive=64, stamps=False)
-            for near, _ in self._pairs
-        ]
-        self._packet = UNIX_FRAME.pack(0x2A5, 8, bytes(8), 0)
+        self._ports = [SocketPort(near.fileno(), RECEIVED_IDS) for near, _ in self._pairs]
+        self._stores = [FrameStore() for _ in self._ports]
+        ids = (*codec.ID_JOINT_FEEDBACK, codec.ID_GRIPPER_FEEDBACK, *codec.ID_MOTOR_FAST)
+        self._packets = [UNIX_FRAME.pack(can_id, 8, bytes(8), 0) for can_id in (*ids, *ids)]
         for _, far in self._pairs:
             far.settimeout(0)
 
     def time_ns(self) -> int:
         """Return how long the calls of one tick take now."""
         for _, far in self._pairs:
-            for _ in range(_FRAMES_PER_TICK):
-                far.send(self._packet)
-        packets = [self._packet] * 4
+            for packet in self._packets[:_FRAMES_PER_TICK]:
+                far.send(packet)
+        command = make_command([0] * codec.N_JOINTS, (0, 0))
         begin_ns = time.perf_counter_ns()
-        for end in self._ends:
-            end.receive()
-        for end in self._ends:
-            end.send(packets)
+        for port, store in zip(self._ports, self._stores, strict=True):
+            port.drain(store)
+        for port in self._ports:
+            port.send(command)
         taken_ns = time.perf_counter_ns() - begin_ns
         for _, far in self._pairs:
-            for _ in packets:
+            for _ in command:
                 far.recv(UNIX_FRAME.size)
         return taken_ns
 

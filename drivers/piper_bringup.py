@@ -21,7 +21,7 @@ from gwp_edge.drivers.piper_feedback import (
     PiperFeedback,
 )
 from gwp_edge.drivers.piper_limits import check_answers
-from gwp_edge.drivers.piper_link import Command, PiperLink, make_command
+from gwp_edge.drivers.piper_link import Command, PiperLink, joints_of, make_command
 from gwp_edge.errors import DeviceError, DeviceTimeoutError
 from gwp_edge.protocols import Clock
 
@@ -248,7 +248,7 @@ def _hold(port: Port, seed: Command, wait_ns: int, done: Callable[[], bool]) -> 
         stale = feedback.silence(now_ns)
         if stale is not None:
             raise DeviceTimeoutError(f"{feedback.name}: {stale}")
-        for j, (now, then) in enumerate(zip(feedback.joint_mdeg, seed.joint_mdeg, strict=True)):
+        for j, (now, then) in enumerate(zip(feedback.joint_mdeg, joints_of(seed), strict=True)):
             if abs(now - then) > _MOST_SHIFT_MDEG:
                 raise DeviceError(
                     f"{feedback.name}: joint {j + 1} moved {(now - then) / 1000:.1f} deg while "
@@ -277,7 +277,7 @@ def _enter_can_mode(port: Port, seed: Command, speed_percent: int) -> None:
 
 def _enable_gripper(port: Port, seed: Command, effort_mnm: int) -> None:
     feedback = port.feedback
-    here = make_command(seed.joint_mdeg, (feedback.gripper_um or 0, effort_mnm))
+    here = make_command(joints_of(seed), (feedback.gripper_um or 0, effort_mnm))
     if not _hold(port, here, _MODE_WAIT_NS, lambda: feedback.gripper_enabled):
         raise DeviceTimeoutError(
             f"{feedback.name}: the gripper did not enable within 1 s: check its cable"

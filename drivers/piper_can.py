@@ -11,12 +11,13 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import TYPE_CHECKING, Protocol
 
 from gwp_edge.drivers.can_interface import bring_up_commands, check_interface
 from gwp_edge.drivers.piper_codec import Frame
+from gwp_edge.drivers.piper_core import FrameStore, SocketPort
 from gwp_edge.drivers.piper_feedback import (
     CAN_ERR_FLAG,
     ERR_BUS_OFF,
@@ -25,8 +26,9 @@ from gwp_edge.drivers.piper_feedback import (
     ERR_PROTOCOL,
     ERR_RESTARTED,
     ERR_TX_TIMEOUT,
+    PiperFeedback,
+    StampedFrame,
 )
-from gwp_edge.drivers.socket_batch import SO_TIMESTAMPNS, SocketBatch
 from gwp_edge.errors import DeviceError, SpecError
 
 if TYPE_CHECKING:
@@ -34,16 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-StampedFrame = tuple[int, bytes, int]
-
 # struct can_frame: identifier with flags, length, 3 bytes of padding, 8 bytes of data.
 CAN_FRAME = Struct("=IB3x8s")
 CAN_FILTER = Struct("=II")
 # A frame on the Unix socket: struct can_frame and the monotonic time at which it was sent.
 UNIX_FRAME = Struct("=IB3x8sq")
-# The same as a driver wants it, where the length is 8.
-_UNIX_OF_8 = Struct("=I4x8sq")
-_LENGTH_AT = 4
 
 CAN_SFF_MASK = 0x7FF
 CAN_EFF_FLAG = 0x80000000
@@ -55,10 +52,9 @@ SOL_CAN_RAW, CAN_RAW_FILTER, CAN_RAW_ERR_FILTER = 101, 1, 2
 _ERROR_MASK = (
     ERR_BUS_OFF | ERR_RESTARTED | ERR_NO_ACK | ERR_TX_TIMEOUT | ERR_CONTROLLER | ERR_PROTOCOL
 )
-# A drain ends after so many frames, or system calls of 64 frames, even if they never stop.
+SO_TIMESTAMPNS = 35  # asm-generic/socket.h
+# A drain ends after so many frames even if they never stop; so does that of a SocketPort.
 _MAX_DRAIN = 512
-_MAX_CALLS = 8
-_CALL_FRAMES = 64
 
 
 class CanBusyError(DeviceError):
@@ -87,6 +83,14 @@ class CanTransport(Protocol):
         """
         ...
 
+    def drain_into(self, feedback: PiperFeedback) -> None:
+        """Move all waiting frames into ``feedback``, as its ``ingest`` does.
+
+        Raises:
+            DeviceError: the bus is gone.
+        """
+        ...
+
     def close(self) -> None:
         """Close; safe to call twice."""
         ...
@@ -108,10 +112,11 @@ class RealtimeOffset:
         self._t_emptied_ns = self._t_drain_ns = time.monotonic_ns()
         self.measure()
 
-    def begin_drain(self) -> None:
-        """Prepare for the stamps of what waits now."""
+    def begin_drain(self) -> tuple[int, int]:
+        """Prepare for the stamps of what waits now; return the first and the last possible time."""
         self._t_drain_ns = time.monotonic_ns()
         self.measure()
+        return self._t_emptied_ns, self._t_drain_ns
 
     def end_drain(self) -> None:
         """Note that nothing older than the begin of this drain waits any more."""
@@ -129,16 +134,9 @@ class RealtimeOffset:
 
     def monotonic_ns(self, realtime_ns: int) -> int:
         """Return the monotonic time of the CLOCK_REALTIME stamp of a frame of this drain."""
-        return self.all_monotonic_ns((realtime_ns,))[0]
-
-    def all_monotonic_ns(self, realtime_ns: Iterable[int]) -> list[int]:
-        """Return the monotonic times of CLOCK_REALTIME stamps of frames of this drain."""
         # What arrives while the queue is drained is taken to have come at its begin.
-        offset, first, last = self.offset_ns, self._t_emptied_ns, self._t_drain_ns
-        return [
-            first if (t_ns := real_ns + offset) < first else t_ns if t_ns < last else last
-            for real_ns in realtime_ns
-        ]
+        t_ns = realtime_ns + self.offset_ns
+        return max(self._t_emptied_ns, min(t_ns, self._t_drain_ns))
 
 
 def pack_filters(can_ids: Sequence[int]) -> bytes:
@@ -164,39 +162,50 @@ def _gone(name: str, e: OSError | EOFError) -> DeviceError:
 
 
 class _SocketEnd:
-    """A socket's frames in batches, with this module's errors. Threads: one owner."""
+    """A socket's frames with this module's errors; see ``SocketPort``. Threads: one owner."""
 
-    def __init__(
-        self, name: str, endpoint: socket.socket, packet_bytes: int, *, stamps: bool
-    ) -> None:
+    def __init__(self, name: str, endpoint: socket.socket, wanted: Sequence[int] | None) -> None:
         self.name = name
         self._socket = endpoint
-        self._batch: SocketBatch | None = SocketBatch(
-            endpoint, packet_bytes, n_receive=_CALL_FRAMES, stamps=stamps
-        )
+        self._port: SocketPort | None = SocketPort(endpoint.fileno(), wanted)
 
-    def _opened(self) -> SocketBatch:
-        if self._batch is None:
+    def _opened(self) -> SocketPort:
+        if self._port is None:
             raise DeviceError(f"CAN channel {self.name} is closed")
-        return self._batch
+        return self._port
 
-    def _send(self, packets: Sequence[bytes]) -> None:
-        batch = self._batch or self._opened()
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Send ``frames``; see ``CanTransport.send``."""
+        port = self._port or self._opened()
         try:
-            n_sent = batch.send(packets)
+            n_sent = port.send(frames)
         except OSError as e:
             if e.errno not in (errno.ENOBUFS, errno.EAGAIN):
                 raise _gone(self.name, e) from e
             n_sent = 0
-        if n_sent < len(packets):
+        if n_sent < len(frames):
             raise CanBusyError(
-                f"CAN channel {self.name}: transmit queue is full, {n_sent} of {len(packets)} "
+                f"CAN channel {self.name}: transmit queue is full, {n_sent} of {len(frames)} "
                 "frames were sent"
             )
 
+    def receive(self) -> list[StampedFrame]:
+        """Return the waiting frames; see ``CanTransport.receive``."""
+        return self._drain(None) or []
+
+    def drain_into(self, feedback: PiperFeedback) -> None:
+        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
+        news = self._drain(feedback)
+        if news is not None:
+            feedback.judge(news)
+
+    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
+        """Do as ``SocketPort.drain``, with this module's errors."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Close; safe to call twice."""
-        self._batch = None
+        self._port = None
         self._socket.close()
 
 
@@ -222,36 +231,17 @@ class SocketCan(_SocketEnd):
         except OSError as e:
             raw.close()
             raise _gone(name, e) from e
-        super().__init__(name, raw, CAN_FRAME.size, stamps=True)
+        super().__init__(name, raw, None)
 
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Send ``frames``; see ``CanTransport.send``."""
-        self._send([CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames])
-
-    def receive(self) -> list[StampedFrame]:
-        """Return the waiting frames; see ``CanTransport.receive``."""
-        batch = self._batch or self._opened()
-        offset = self._offset
-        offset.begin_drain()
-        frames: list[StampedFrame] = []
-        for _ in range(_MAX_CALLS):
-            try:
-                view, n = batch.receive()
-            except (OSError, EOFError) as e:
-                raise _gone(self.name, e) from e
-            stamps = batch.stamps_ns(n)
-            if 0 in stamps:  # the kernel gave no stamp: the present is the best there is
-                now_ns = time.time_ns()
-                stamps = [stamp_ns or now_ns for stamp_ns in stamps]
-            frames += [
-                (can_id, data if length == 8 else data[:length], t_ns)
-                for (can_id, length, data), t_ns in zip(
-                    CAN_FRAME.iter_unpack(view), offset.all_monotonic_ns(stamps), strict=True
-                )
-            ]
-            if n < _CALL_FRAMES:
-                offset.end_drain()
-                break
+    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
+        port, offset = self._port or self._opened(), self._offset
+        first_ns, last_ns = offset.begin_drain()
+        try:
+            frames = port.drain(store, offset.offset_ns, first_ns, last_ns)
+        except (OSError, EOFError) as e:
+            raise _gone(self.name, e) from e
+        if port.emptied:
+            offset.end_drain()
         return frames
 
 
@@ -271,8 +261,7 @@ class UnixCan(_SocketEnd):
     """
 
     def __init__(self, name: str, can_ids: Sequence[int], endpoint: socket.socket) -> None:
-        super().__init__(name, endpoint, UNIX_FRAME.size, stamps=False)
-        self._wanted = frozenset(can_ids)
+        super().__init__(name, endpoint, can_ids)
 
     @classmethod
     def connect(cls, path: str, can_ids: Sequence[int]) -> UnixCan:
@@ -292,36 +281,12 @@ class UnixCan(_SocketEnd):
             ) from e
         return cls(f"unix:{path}", can_ids, endpoint)
 
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Send ``frames``; see ``CanTransport.send``."""
-        t_ns = time.monotonic_ns()
-        self._send([UNIX_FRAME.pack(can_id, 8, data, t_ns) for can_id, data in frames])
-
-    def receive(self) -> list[StampedFrame]:
-        """Return the waiting frames; see ``CanTransport.receive``."""
-        batch = self._batch or self._opened()
-        frames: list[StampedFrame] = []
-        wanted = self._wanted
-        for _ in range(_MAX_CALLS):
-            try:
-                view, n = batch.receive()
-            except (OSError, EOFError) as e:
-                raise _gone(self.name, e) from e
-            if view[_LENGTH_AT :: UNIX_FRAME.size].tobytes().count(8) == n:  # as nearly always
-                frames += [
-                    frame
-                    for frame in _UNIX_OF_8.iter_unpack(view)
-                    if frame[0] in wanted or frame[0] & CAN_ERR_FLAG
-                ]
-            else:
-                frames += [
-                    (can_id, data[:length], t_ns)
-                    for can_id, length, data, t_ns in UNIX_FRAME.iter_unpack(view)
-                    if can_id in wanted or can_id & CAN_ERR_FLAG
-                ]
-            if n < _CALL_FRAMES:
-                break
-        return frames
+    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
+        port = self._port or self._opened()
+        try:
+            return port.drain(store)
+        except (OSError, EOFError) as e:
+            raise _gone(self.name, e) from e
 
 
 class VirtualCan:
@@ -371,6 +336,10 @@ class VirtualCan:
             elif can_id in self._wanted:
                 frames.append((can_id, bytes(message.data), t_ns))
         return frames
+
+    def drain_into(self, feedback: PiperFeedback) -> None:
+        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
+        feedback.ingest(self.receive())
 
     def close(self) -> None:
         """Close; safe to call twice."""

@@ -4,6 +4,7 @@ Classic CAN at 1 Mbit/s, 11-bit identifiers, always 8 data bytes, big-endian. Ev
 protocol integers (0.001 degree, 0.001 mm, 0.001 N.m) and refuses what its field cannot carry, so
 nothing wraps. The MIT frames (0x15A to 0x15F) and the 0xAD pass-through mode have no encoder: their
 layout depends on the firmware, and in them the last command stays active when frames stop.
+What every tick repeats is done by the compiled part (piper_core.py), everything else here.
 Three optional answers have no decoder: 0x2AA to 0x2AC (joints of a MOVE P), 0x481 to 0x486 (speed
 and acceleration by joint) and 0x488 (assistance rating). A follower in joint position mode needs
 none of them, and the package below decodes none, so nothing could vouch for a decoder.
@@ -78,7 +79,6 @@ PARAMETER_END_SPEED, PARAMETER_COLLISION, PARAMETER_GRIPPER = 1, 2, 4
 _MDEG_PER_RAD = 180_000.0 / math.pi
 RAD_PER_MDEG = math.pi / 180_000.0
 UM_PER_M = 1e6
-_SCALES = (_MDEG_PER_RAD,) * N_JOINTS + (UM_PER_M,)
 
 _PAIR, _SIX = Struct(">ii"), Struct(">6i")
 _BYTES = Struct(">8B")
@@ -125,17 +125,6 @@ def rad_to_mdeg(*angles_rad: float) -> list[int]:
         raise SafetyFault(
             f"PiPER joint targets are {angles_rad}, one is not a number; nothing was sent"
         ) from None
-
-
-def to_protocol(position: Sequence[float]) -> list[int]:
-    """Return six joint angles, rad, and the gripper's opening, m, in 0.001 degree and 0.001 mm.
-
-    Rounded as by ``rad_to_mdeg`` and ``m_to_um``; for every tick, of values that are checked.
-
-    Raises:
-        ValueError, OverflowError: one is not finite.
-    """
-    return [round(value * scale) for value, scale in zip(position, _SCALES, strict=True)]
 
 
 def mdeg_to_rad(angle_mdeg: int) -> float:
@@ -312,24 +301,23 @@ def encode_set_gripper_parameter(
 #   motor fast: 0.001 rad/s, 0.001 A, 0.001 rad
 #   motor slow: 0.1 V, driver C, motor C, status bits, 0.001 A
 #   limit: joint, max, min (0.1 degree), speed      acceleration: joint, 0.01 rad/s^2
-_STATUS, _GRIPPER_FEEDBACK = Struct(">8B"), Struct(">ihBB")
-_MOTOR_FAST, _MOTOR_SLOW = Struct(">hhi"), Struct(">HhbBH")
+LAYOUTS: dict[int, Struct] = {
+    ID_STATUS: Struct(">8B"),
+    ID_GRIPPER_FEEDBACK: Struct(">ihBB"),
+    ID_LIMIT: _LIMIT,
+    ID_ACKNOWLEDGE: Struct(">BB6x"),
+    ID_END_SPEED: Struct(">HHHH"),
+    ID_COLLISION: Struct(">6B2x"),
+    ID_ACCELERATION: Struct(">BH5x"),
+    ID_GRIPPER_PARAMETER: Struct(">BBB5x"),
+    **dict.fromkeys((*ID_POSE_FEEDBACK, *ID_JOINT_FEEDBACK), _PAIR),
+    **dict.fromkeys(ID_MOTOR_FAST, Struct(">hhi")),
+    **dict.fromkeys(ID_MOTOR_SLOW, Struct(">HhbBH")),
+}
 
 Decoder = Callable[[bytes], tuple[int, ...]]
 
-DECODERS: dict[int, Decoder] = {
-    ID_STATUS: _STATUS.unpack,
-    ID_GRIPPER_FEEDBACK: _GRIPPER_FEEDBACK.unpack,
-    ID_LIMIT: _LIMIT.unpack,
-    ID_ACKNOWLEDGE: Struct(">BB6x").unpack,
-    ID_END_SPEED: Struct(">HHHH").unpack,
-    ID_COLLISION: Struct(">6B2x").unpack,
-    ID_ACCELERATION: Struct(">BH5x").unpack,
-    ID_GRIPPER_PARAMETER: Struct(">BBB5x").unpack,
-    **dict.fromkeys((*ID_POSE_FEEDBACK, *ID_JOINT_FEEDBACK), _PAIR.unpack),
-    **dict.fromkeys(ID_MOTOR_FAST, _MOTOR_FAST.unpack),
-    **dict.fromkeys(ID_MOTOR_SLOW, _MOTOR_SLOW.unpack),
-}
+DECODERS: dict[int, Decoder] = {can_id: layout.unpack for can_id, layout in LAYOUTS.items()}
 
 _FIRMWARE = re.compile(rb"S-V(\d+)\.(\d+)-(\d+)")
 

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from gwp_edge.drivers.piper_can import UNIX_FRAME, CanBusyError, StampedFrame
+from gwp_edge.drivers.piper_can import UNIX_FRAME, CanBusyError
 from gwp_edge.drivers.piper_codec import Frame
 from gwp_edge.drivers.piper_fake import FakePiper
-from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG
+from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, PiperFeedback, StampedFrame
 from gwp_edge.drivers.piper_link import RECEIVED_IDS
 from gwp_edge.errors import DeviceError, DeviceTimeoutError
 from gwp_edge.protocols import Clock
@@ -109,6 +109,10 @@ class MemoryCan:
         self._wire.run()
         frames, self.queue = self.queue, []
         return frames
+
+    def drain_into(self, feedback: PiperFeedback) -> None:
+        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
+        feedback.ingest(self.receive())
 
     def close(self) -> None:
         """Nothing to close."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Protocol
 
 from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.piper_can import CanTransport, open_transport
 from gwp_edge.drivers.piper_feedback import PiperFeedback
+
+_PAIR, _GRIPPER = Struct(">ii"), Struct(">iHBB")
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +35,36 @@ RECEIVED_IDS = (
 )
 
 
-class Command(NamedTuple):
-    """One tick's targets, checked and packed.
-
-    Attributes:
-        joint_mdeg: six targets, 0.001 degree.
-        gripper: (opening in 0.001 mm, torque in 0.001 N.m), or None to leave the gripper alone.
-        frames: the same as frames, joints first.
-    """
-
-    joint_mdeg: tuple[int, ...]
-    gripper: tuple[int, int] | None
-    frames: tuple[codec.Frame, ...]
+# One tick's targets, checked and packed: three frames of joints, then the gripper's if it is meant.
+N_JOINT_FRAMES = 3
+Command = tuple[codec.Frame, ...]
 
 
 def make_command(joint_mdeg: Sequence[int], gripper: tuple[int, int] | None) -> Command:
     """Return a checked command; nothing is sent.
 
+    Args:
+        joint_mdeg: six targets, 0.001 degree.
+        gripper: (opening in 0.001 mm, torque in 0.001 N.m), or None to leave the gripper alone.
+
     Raises:
         SafetyFault: a value does not fit the protocol.
     """
-    frames: tuple[codec.Frame, ...] = codec.encode_joints(joint_mdeg)
-    if gripper is not None:
-        frames = (*frames, codec.encode_gripper(*gripper))
-    return Command(tuple(joint_mdeg), gripper, frames)
+    frames: Command = codec.encode_joints(joint_mdeg)
+    return frames if gripper is None else (*frames, codec.encode_gripper(*gripper))
+
+
+def joints_of(command: Command) -> list[int]:
+    """Return the six targets of ``command``, 0.001 degree."""
+    return [angle for _, data in command[:N_JOINT_FRAMES] for angle in _PAIR.unpack(data)]
+
+
+def gripper_of(command: Command) -> tuple[int, int] | None:
+    """Return (opening in 0.001 mm, torque in 0.001 N.m), or None: the gripper is left alone."""
+    if len(command) <= N_JOINT_FRAMES:
+        return None
+    opening_um, effort_mnm, _, _ = _GRIPPER.unpack(command[N_JOINT_FRAMES][1])
+    return opening_um, effort_mnm
 
 
 class PiperLink(Protocol):
@@ -95,19 +104,14 @@ class CodecLink:
 
     def __init__(self, transport: CanTransport) -> None:
         self._transport = transport
+        # Without a call in between: these two are for every tick.
+        self.poll: Callable[[PiperFeedback], None] = transport.drain_into
+        self.command: Callable[[Command], None] = transport.send
 
     @classmethod
     def open(cls, channel: str) -> CodecLink:
         """Open ``channel``; see ``piper_can.open_transport``."""
         return cls(open_transport(channel, RECEIVED_IDS))
-
-    def poll(self, feedback: PiperFeedback) -> None:
-        """Move all waiting frames into ``feedback``."""
-        feedback.ingest(self._transport.receive())
-
-    def command(self, command: Command) -> None:
-        """Send one tick's targets."""
-        self._transport.send(command.frames)
 
     def mode(self, speed_percent: int) -> None:
         """Send the mode command."""

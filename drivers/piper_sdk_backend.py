@@ -16,7 +16,7 @@ from gwp_edge.drivers import piper_codec as codec
 from gwp_edge.drivers.can_interface import check_interface
 from gwp_edge.drivers.piper_can import CanBusyError, RealtimeOffset
 from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, PiperFeedback
-from gwp_edge.drivers.piper_link import RECEIVED_IDS, Command
+from gwp_edge.drivers.piper_link import RECEIVED_IDS, Command, gripper_of, joints_of
 from gwp_edge.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class SdkLink:
             raise CanBusyError(f"CAN channel {self._name}: piper-sdk did not send ({failure})")
 
     def poll(self, feedback: PiperFeedback) -> None:
-        """Let the SDK decode everything that waits, and copy its values."""
+        """Let the SDK decode everything that waits, and take the values that it read."""
         import can
 
         if self._port.recv_bus is None:
@@ -136,11 +136,9 @@ class SdkLink:
             return
         self._sdk.ParseCANFrame(message)
         fields = self._decoded(can_id)
-        if fields is None:
-            feedback.ingest(((can_id, data, t_ns),))  # firmware, and what it does not know
-        else:
-            feedback.n_frames += 1
-            feedback.take(can_id, fields, t_ns)
+        if fields is not None:  # else firmware, and what it does not know
+            data = codec.LAYOUTS[can_id].pack(*fields)
+        feedback.ingest(((can_id, data, t_ns),))
 
     def _decoded(self, can_id: int) -> tuple[int, ...] | None:
         """Return the SDK's reading of the frame that it parsed last, as our decoder orders it."""
@@ -183,9 +181,10 @@ class SdkLink:
 
     def command(self, command: Command) -> None:
         """Send one tick's targets; they have been checked by our codec."""
-        self._sdk.JointCtrl(*command.joint_mdeg)
-        if command.gripper is not None:
-            stroke_um, effort_mnm = command.gripper
+        self._sdk.JointCtrl(*joints_of(command))
+        gripper = gripper_of(command)
+        if gripper is not None:
+            stroke_um, effort_mnm = gripper
             self._sdk.GripperCtrl(stroke_um, effort_mnm, codec.GRIPPER_ENABLE, 0)
         self._finish()
 

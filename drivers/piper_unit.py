@@ -46,6 +46,8 @@ class PiperUnit:
         n_dropped: ticks that were dropped because the transmit queue was full.
         drifted: a joint's angle and its motor were seen to differ, since ``connect``.
         doubtful: they differ at present, by less than what counts as drifted or for a shorter time.
+        accepted: (least, largest) target that is sent to each channel, rad and m; known after
+            ``connect``.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class PiperUnit:
         self._silent_motors: set[int] = set()
         self._failed: str | None = None
         self._held: Command | None = None
-        self._accepted: list[tuple[float, float]] = []
+        self.accepted: list[tuple[float, float]] = []
 
     def connect(self) -> None:
         """Open the bus and check the arm, sending questions only.
@@ -95,8 +97,7 @@ class PiperUnit:
         self.firmware, drifts = check_firmware(self.feedback)
         self.limits = limits_from(self.feedback, gripper_max_m=self._options.gripper_max_m)
         beyond = [_BEYOND_RAD] * codec.N_JOINTS + [_BEYOND_M]
-        # Plain floats: the check is made at every tick.
-        self._accepted = [
+        self.accepted = [
             (float(low) - more, float(high) + more)
             for low, high, more in zip(
                 self.limits.position_min, self.limits.position_max, beyond, strict=True
@@ -125,7 +126,7 @@ class PiperUnit:
         if feedback.joint_rad is None or feedback.gripper_um is None:
             return  # connect has waited for both
         measured = (*feedback.joint_rad, feedback.gripper_um * 1e-6)
-        for i, (value, (low, high)) in enumerate(zip(measured, self._accepted, strict=True)):
+        for i, (value, (low, high)) in enumerate(zip(measured, self.accepted, strict=True)):
             if low <= value <= high:
                 continue
             if i == codec.N_JOINTS:
@@ -236,8 +237,9 @@ class PiperUnit:
         if joints is None or self.feedback.t_pose_ns < oldest_ns:
             return  # the whole arm is silent, or was not read for a while
         self.doubtful = False
+        t_fast_ns = self.feedback.t_fast_ns
         for j, (motor, joint) in enumerate(zip(self.feedback.motor_rad, joints, strict=True)):
-            if self.feedback.t_fast_ns[j] < oldest_ns:
+            if t_fast_ns[j] < oldest_ns:
                 self._see_silent_motor(j)
                 continue
             if abs(motor - joint) > _DOUBT_RAD:
@@ -276,41 +278,28 @@ class PiperUnit:
                 j + 1,
             )
 
-    def prepare(self, position: Sequence[float]) -> Command:
-        """Return the checked command for seven targets, rad and m; sends nothing.
+    def check(self, position: Sequence[float]) -> None:
+        """Check seven targets, rad and m, against what this arm accepts.
 
         Raises:
-            SafetyFault: not finite, or far outside of what this arm can do.
+            SafetyFault: one is not finite, or far outside of what this arm can do; says which.
         """
-        if not self._accepted:
-            raise DeviceError(f"{self.name} is not open: call open first")
-        for value, (low, high) in zip(position, self._accepted, strict=True):
-            if not low <= value <= high:
-                raise self._refusal(position)
-        *joint_mdeg, gripper_um = codec.to_protocol(position)
-        return make_command(joint_mdeg, (gripper_um, self._effort_mnm))
-
-    def _refusal(self, position: Sequence[float]) -> SafetyFault:
-        """Return what is wrong with seven targets of which one is not accepted."""
         limits = self.limits
-        assert limits is not None  # known since there are ranges to accept
-        i = next(
-            i
-            for i, (value, (low, high)) in enumerate(zip(position, self._accepted, strict=True))
-            if not low <= value <= high
-        )
-        what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
-        if not math.isfinite(position[i]):
-            text = f"{what} target is {position[i]}, not a number"
-        else:
-            text = (
-                f"{what} target {position[i]:.6g} is far outside its range "
-                f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}"
-            )
-        return SafetyFault(f"{self.name}: {text}; nothing was sent")
+        for i, (value, (low, high)) in enumerate(zip(position, self.accepted, strict=True)):
+            if low <= value <= high:
+                continue
+            what = f"joint {i + 1}" if i < codec.N_JOINTS else "gripper"
+            if limits is None or not math.isfinite(value):
+                text = f"{what} target is {value}, not a number"
+            else:
+                text = (
+                    f"{what} target {value:.6g} is far outside its range "
+                    f"{limits.position_min[i]:.4f} to {limits.position_max[i]:.4f}"
+                )
+            raise SafetyFault(f"{self.name}: {text}; nothing was sent")
 
-    def send(self, command: Command) -> None:
-        """Send one tick.
+    def send(self, command: Command, now_ns: int) -> None:
+        """Send one tick of targets that have been checked.
 
         Raises:
             DeviceTimeoutError: the transmit queue is full, the rest of this tick was dropped.
@@ -324,7 +313,6 @@ class PiperUnit:
             raise DeviceError(f"{self.name} is open for reading only: open it with enable")
         if feedback.stop_streaming:
             raise DeviceError(f"{self.name}: {feedback.latched}")
-        now_ns = self._clock.now_ns()
         try:
             if now_ns - self._t_mode_ns >= MODE_PERIOD_NS:
                 link.mode(self._options.speed_percent)
@@ -352,13 +340,12 @@ class PiperUnit:
             f"({self._n_dropped_in_row} of {MAX_DROPPED_IN_ROW} in a row)"
         ) from cause
 
-    def hold(self) -> None:
+    def hold(self, now_ns: int) -> None:
         """Command the pose of the first call; the gripper and the mode are left alone.
 
         Raises:
             DeviceError: not under CAN control, no fresh pose, or it could not be sent.
         """
-        now_ns = self._clock.now_ns()
         self.poll(now_ns)
         feedback = self.feedback
         if feedback.mode != codec.MODE_CAN:

@@ -123,7 +123,7 @@ class LoopReport:
         busy_us: wake-up to sent, two arms.
         n_chunks: by the busy policy.
         kill_to_hold_ms: from SIGKILL to the guardian's hold frames on a fake PiPER's bus.
-        driver: what the PiPER driver takes of a tick, two arms, beside its bare system calls.
+        driver: what the PiPER driver takes of a tick, two arms, beside its part in C.
     """
 
     duration_s: float

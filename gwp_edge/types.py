@@ -9,7 +9,7 @@ Arrays inside these values are made read-only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -133,9 +133,21 @@ class Chunk:
         return self.t_observed_ns + (len(self.actions) - 1) * self.period_ns
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArmState:
+class _ArmStateFields(NamedTuple):
+    position: FloatArray
+    velocity: FloatArray
+    t_received_ns: int
+    enabled: bool
+    fault: str | None
+    caution: str | None
+    drifted: bool
+
+
+class ArmState(_ArmStateFields):
     """What the arm says about itself.
+
+    One is made at every tick, so it is a tuple: a frozen dataclass costs several times as much. A
+    driver whose arrays are read-only float64 already may use ``_make``, which looks at nothing.
 
     Attributes:
         position: shape (D,), rad and m.
@@ -148,27 +160,33 @@ class ArmState:
         drifted: ``position`` is or may be wrong: nothing may be commanded by it.
     """
 
-    position: FloatArray
-    velocity: FloatArray
-    t_received_ns: int
-    enabled: bool
-    fault: str | None = None
-    caution: str | None = None
-    drifted: bool = False
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        # At every tick: a driver whose arrays are as they must be pays for no more than a look.
-        position, velocity = self.position, self.velocity
-        if not (
-            type(position) is type(velocity) is np.ndarray
-            and position.dtype is velocity.dtype is _FLOAT64
-            and not (position.flags.writeable or velocity.flags.writeable)
-        ):
-            object.__setattr__(self, "position", frozen_array(self.position, np.float64))
-            object.__setattr__(self, "velocity", frozen_array(self.velocity, np.float64))
+    def __new__(
+        cls,
+        *,
+        position: npt.ArrayLike,
+        velocity: npt.ArrayLike,
+        t_received_ns: int,
+        enabled: bool,
+        fault: str | None = None,
+        caution: str | None = None,
+        drifted: bool = False,
+    ) -> ArmState:
+        """Return a state; its arrays are read-only float64 copies unless they are so already."""
+        fields = (
+            frozen_array(position, np.float64),
+            frozen_array(velocity, np.float64),
+            t_received_ns,
+            enabled,
+            fault,
+            caution,
+            drifted,
+        )
+        return tuple.__new__(cls, fields)
 
-
-_FLOAT64 = np.dtype(np.float64)
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        return (), self._asdict()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,8 +43,8 @@ fi
 
 say "1. packages"
 do_it sudo apt-get update
-do_it sudo apt-get install -y python3-venv python3-dev python3-libnvinfer libnvinfer-dev \
-    libnvonnxparsers-dev can-utils iproute2 libusb-1.0-0
+do_it sudo apt-get install -y python3-venv python3-dev gcc libc6-dev python3-libnvinfer \
+    libnvinfer-dev libnvonnxparsers-dev can-utils iproute2 libusb-1.0-0
 
 say "2. virtual environment that sees the system's TensorRT: $venv"
 if [[ -x "$venv/bin/python" ]]; then

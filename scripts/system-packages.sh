@@ -12,14 +12,19 @@ if [ -n "${SKIP_SYSTEM_PACKAGES:-}" ]; then
     exit 0
 fi
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
-    echo 'setup: this is no Debian or Ubuntu. Install libusb 1.0, EGL and OpenGL (Mesa), and Chromium' \
+    echo 'setup: this is no Debian or Ubuntu. Install a C compiler, libusb 1.0, EGL and OpenGL (Mesa), and Chromium' \
         'in your own way, then: make SKIP_SYSTEM_PACKAGES=1 ...' >&2
     exit 1
 fi
 
-if ! scripts/find-python.sh '' >/dev/null 2>&1; then
+if ! python="$(scripts/find-python.sh '' 2>/dev/null)"; then
     need python3-venv 'virtual environments'
+    need python3-dev "the PiPER driver's part in C"
+elif ! [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]; then
+    need python3-dev "the PiPER driver's part in C"
 fi
+command -v "${CC:-cc}" >/dev/null || need gcc 'the same'
+missing libc6-dev && need libc6-dev 'the same'
 missing libusb-1.0-0 && need libusb-1.0-0 'pyrealsense2 loads it'
 for library in libegl1 libegl-mesa0 libgl1 libglx-mesa0; do
     missing "$library" && need "$library" 'headless rendering of the simulated robot'

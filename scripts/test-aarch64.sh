@@ -2,11 +2,12 @@
 # Run the runtime's tests on an emulated aarch64 Debian: ARM kernels round differently.
 # Needs root and a Debian or Ubuntu host. The file system is kept in build/aarch64 for the next run.
 # Its packages are unpacked, not configured: Python, the C library and what the wheels link to.
-# Usage: scripts/test-aarch64.sh DIST_DIR BUNDLES_DIR [pytest arguments]   (from the project's root)
+# Usage: scripts/test-aarch64.sh PYTHON BUNDLES_DIR [pytest arguments]   (from the project's root)
+#   PYTHON builds the wheel, with the cross compiler that is installed where it is missing
 #   GWP_AARCH64_TESTS="tests/parity tests/contract"    only these files and folders; all where unset
 set -euo pipefail
 
-dist="$1" bundles="$2"
+python="$1" bundles="$2"
 shift 2
 read -r -a tests <<<"${GWP_AARCH64_TESTS:-}"
 for test in "${tests[@]}"; do
@@ -16,7 +17,6 @@ done
 root="$PWD/build/aarch64/root"
 python_version=3.11 # of Debian 12
 site="$root/usr/local/lib/python$python_version/dist-packages"
-wheel="$(ls "$PWD/$dist"/gwp_edge-*.whl)"
 
 if [ "$(id -u)" -ne 0 ]; then
     echo "test-aarch64: needs root for chroot and mounts; run: sudo make test-aarch64" >&2
@@ -27,6 +27,13 @@ if ! command -v debootstrap qemu-aarch64-static >/dev/null; then
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends debootstrap qemu-user-static >/dev/null
 fi
+if ! command -v aarch64-linux-gnu-gcc >/dev/null; then
+    echo 'setup: installing gcc-aarch64-linux-gnu'
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends gcc-aarch64-linux-gnu libc6-dev-arm64-cross >/dev/null
+fi
+"$python" scripts/build_wheel.py build/dist-aarch64 aarch64
+wheel="$(ls "$PWD"/build/dist-aarch64/gwp_edge-*.whl)"
 
 # The kernel starts aarch64 programs through qemu; F keeps qemu open, so the chroot needs no copy.
 binfmt=/proc/sys/fs/binfmt_misc
@@ -63,7 +70,7 @@ echo 'test-aarch64: installing aarch64 wheels'
 rm -rf "$site"
 "$pip_env/bin/python" -m pip --disable-pip-version-check install -qq --target "$site" --no-compile \
     --only-binary :all: --implementation cp --python-version "$python_version" \
-    "${platforms[@]}" --platform manylinux2014_aarch64 -c constraints.txt \
+    "${platforms[@]}" --platform manylinux2014_aarch64 --platform linux_aarch64 -c constraints.txt \
     "$wheel[piper]" hypothesis psutil pytest pytest-randomly
 
 rm -rf "$root/work"

@@ -102,7 +102,7 @@ def loop(
                 ("driver tick: receive to send", report.driver.tick_us),
                 ("its processor time", report.driver.cpu_us),
                 ("the same again at once, few frames", report.driver.again_us),
-                ("its bare system calls", report.driver.bare_us),
+                ("its part in C alone", report.driver.bare_us),
             )
         ],
     )

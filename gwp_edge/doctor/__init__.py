@@ -36,6 +36,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("disk", machine.check_disk),
     ("real-time priority", machine.check_realtime),
     ("locked memory", machine.check_locked_memory),
+    ("piper driver", devices.check_piper_driver),
     ("can", devices.check_can),
     ("cameras", devices.check_cameras),
 )

@@ -16,6 +16,7 @@ from gwp_edge.doctor.system import (
     skipped,
     warned,
 )
+from gwp_edge.errors import DeviceError
 
 CAN_BITRATE = 1_000_000
 CAN_QUEUE_MIN = 64
@@ -79,6 +80,17 @@ def check_can(system: System) -> list[CheckResult]:
     return [*links, *check_receivers(system, names)]
 
 
+def check_piper_driver(_system: System) -> list[CheckResult]:
+    """Tell whether the PiPER driver's compiled part is there; nothing else needs it."""
+    name = "piper driver"
+    try:
+        import gwp_edge.drivers.piper_core  # noqa: F401
+    except DeviceError as e:
+        detail, _, fix = str(e).partition(": ")
+        return warned(name, detail, fix)
+    return passed(name, "its compiled part is here")
+
+
 def check_links(system: System) -> list[CheckResult]:
     """Judge every CAN interface; without any, say why there is none."""
     answer = system.run("ip", "-details", "-statistics", "-json", "link", "show", "type", "can")
@@ -99,6 +111,8 @@ def check_receivers(system: System, interfaces: Sequence[str]) -> list[CheckResu
 
     Not yet run on hardware.
     """
+    if check_piper_driver(system)[0].status != "pass":
+        return []  # what it would receive from is unknown, and it cannot run
     # A run's own driver may be opening its socket between two of the lists, which then shows half
     # of it; another program is there at the second look as well.
     looks = [_count_others(system, interfaces) for _ in range(2)]

@@ -281,15 +281,6 @@ def test_rad_to_mdeg_is_odd_and_within_half_a_unit(angle_rad):
 
 
 @given(
-    st.lists(st.floats(-10.0, 10.0), min_size=6, max_size=6),
-    st.floats(-1.0, 1.0),
-)
-def test_targets_of_a_tick_are_rounded_as_one_by_one(angles_rad, opening_m):
-    expected = [*codec.rad_to_mdeg(*angles_rad), codec.m_to_um(opening_m)]
-    assert codec.to_protocol([*angles_rad, opening_m]) == expected
-
-
-@given(
     st.lists(INT32, min_size=6, max_size=6),
     st.integers(0, 5),
     st.integers(2**31, 2**40) | st.integers(-(2**40), -(2**31) - 1) | st.floats(),

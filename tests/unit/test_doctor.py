@@ -124,6 +124,7 @@ def test_doctor_agx_orin_in_30w_names_what_costs_speed():
         "disk": "pass",
         "real-time priority": "warn",
         "locked memory": "warn",
+        "piper driver": "pass",
         "can can0": "warn",
         "can can1": "fail",
         "camera 829212070001": "pass",
@@ -250,6 +251,7 @@ def test_doctor_machine_without_answers_skips_and_says_why():
     assert by_name.pop("python") == "pass"
     assert by_name.pop("onnxruntime") == "fail"  # the one library that every machine needs
     assert by_name.pop("cameras") == "fail"  # the probe crashed; an absent library answers
+    assert by_name.pop("piper driver") == "pass"  # of this installation, not of the machine
     assert set(by_name.values()) == {"skip"}
     assert len(results) == len(doctor.CHECKS)
 

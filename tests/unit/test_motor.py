@@ -1,7 +1,5 @@
 """Every row of the fault table, tick by tick, on a clock that is wound by hand."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -945,7 +943,7 @@ def test_motors_without_power_are_a_fault(rig):
     """An arm that reports no fault and yet has let go once ran on."""
     rig.run()
     state = rig.arm.state
-    rig.arm.state = lambda: dataclasses.replace(state(), enabled=False)
+    rig.arm.state = lambda: state()._replace(enabled=False)
     rig.ticks(1, every=10)
     assert rig.loop.mode is Mode.RUN
     rig.ticks(5)

@@ -66,7 +66,7 @@ def test_wheel_holds_the_data_of_its_packages(wheel):
         if "__pycache__" in folder:
             continue
         base = Path(folder).relative_to(ROOT)
-        wanted |= {str(base / f) for f in files if not f.endswith((".py", ".pyc"))}
+        wanted |= {str(base / f) for f in files if not f.endswith((".py", ".pyc", ".c", ".h"))}
     assert wanted <= names, f"not packaged: {sorted(wanted - names)}"
 
 
@@ -129,3 +129,28 @@ def test_shell_script_parses_stops_at_errors_and_is_executable(script):
     assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
     assert "set -euo pipefail" in script.read_text()
     assert os.access(script, os.X_OK)
+
+
+def test_wheel_brings_the_compiled_part_for_every_later_python(wheel):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".so"))
+    assert name == "gwp_edge/drivers/piper_native.abi3.so"
+    (info,) = (n for n in wheel.namelist() if n.endswith(".dist-info/WHEEL"))
+    fields = email.message_from_bytes(wheel.read(info))
+    assert fields["Tag"].startswith("cp310-abi3-linux_")
+    assert fields["Root-Is-Purelib"] == "false"
+
+
+def test_wheel_for_another_processor_without_its_compiler_says_what_to_install(tmp_path):
+    out_dir = tmp_path / "dist"
+    done = subprocess.run(
+        [sys.executable, str(BUILDER), str(out_dir), "riscv64"],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "build_wheel: riscv64-linux-gnu-gcc is missing: apt-get install gcc-riscv64-linux-gnu\n"
+    )
+    assert not list(out_dir.glob("*"))

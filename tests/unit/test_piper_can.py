@@ -26,6 +26,7 @@ from gwp_edge.drivers.piper_can import (
     CAN_RAW,
     CAN_RAW_ERR_FILTER,
     CAN_RAW_FILTER,
+    SO_TIMESTAMPNS,
     SOL_CAN_RAW,
     UNIX_FRAME,
     CanBusyError,
@@ -39,7 +40,6 @@ from gwp_edge.drivers.piper_can import (
 )
 from gwp_edge.drivers.piper_feedback import CAN_ERR_FLAG, ERR_BUS_OFF, PiperFeedback
 from gwp_edge.drivers.piper_link import RECEIVED_IDS
-from gwp_edge.drivers.socket_batch import SO_TIMESTAMPNS, SocketBatch
 from gwp_edge.errors import DeviceError, SpecError
 
 
@@ -207,48 +207,92 @@ def test_socketcan_send_writes_whole_frames(can_socket):
     assert heard == [CAN_FRAME.pack(can_id, 8, data) for can_id, data in frames]
 
 
+class Port:
+    """A ``SocketPort`` of which the kernel says what the test wants."""
+
+    emptied = False
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def send(self, _frames):
+        if isinstance(self.outcome, OSError):
+            raise self.outcome
+        return self.outcome
+
+    def drain(self, _store, *_times):
+        raise self.outcome
+
+
 @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EAGAIN])
 def test_socketcan_full_queue_is_busy(can_socket, monkeypatch, number):
     transport, _ = can_socket
-
-    def refuse(_self, _packets):
-        raise OSError(number, "injected")
-
-    monkeypatch.setattr(piper_can.SocketBatch, "send", refuse)
+    monkeypatch.setattr(transport, "_port", Port(OSError(number, "injected")))
     with pytest.raises(CanBusyError, match="can_left: transmit queue is full, 0 of 3"):
         transport.send(piper_codec.encode_joints([0] * 6))
 
 
 def test_socketcan_queue_that_fills_half_way_is_busy(can_socket, monkeypatch):
     transport, _ = can_socket
-    monkeypatch.setattr(piper_can.SocketBatch, "send", lambda _self, _packets: 1)
+    monkeypatch.setattr(transport, "_port", Port(1))
     with pytest.raises(CanBusyError, match="1 of 3 frames were sent"):
         transport.send(piper_codec.encode_joints([0] * 6))
 
 
 @pytest.mark.parametrize("number", [errno.ENETDOWN, errno.ENODEV, errno.ENXIO])
-@pytest.mark.parametrize("verb", ["send", "receive"])
+@pytest.mark.parametrize("verb", ["send", "receive", "drain_into"])
 def test_socketcan_interface_that_goes_down_names_the_command(
     can_socket, monkeypatch, number, verb
 ):
     transport, _ = can_socket
-
-    def refuse(*_arguments):
-        raise OSError(number, "injected")
-
-    monkeypatch.setattr(piper_can.SocketBatch, verb, refuse)
+    monkeypatch.setattr(transport, "_port", Port(OSError(number, "injected")))
+    act = {
+        "send": lambda: transport.send([(0, bytes(8))]),
+        "receive": transport.receive,
+        "drain_into": lambda: transport.drain_into(PiperFeedback("arm")),
+    }
     with pytest.raises(DeviceError, match="can_left went down") as caught:
-        transport.send([(0, bytes(8))]) if verb == "send" else transport.receive()
+        act[verb]()
     assert not isinstance(caught.value, CanBusyError)
     assert "ip link set can_left up" in str(caught.value)
     assert "bitrate 1000000" in str(caught.value)
 
 
-def test_socketcan_drain_ends_when_frames_never_stop(can_socket, monkeypatch):
-    transport, _ = can_socket
-    flood = memoryview(CAN_FRAME.pack(0x2A5, 8, bytes(8)) * 64)
-    monkeypatch.setattr(piper_can.SocketBatch, "receive", lambda _self: (flood, 64))
+@pytest.mark.parametrize("verb", ["send", "receive"])
+def test_socket_that_fails_is_a_device_error_with_the_kernels_reason(verb):
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    transport = UnixCan("unix:test", RECEIVED_IDS, near)
+    far.close()
+    near.close()  # behind its back: the real calls now fail
+    with pytest.raises(DeviceError, match="EBADF"):
+        transport.send([(0, bytes(8))]) if verb == "send" else transport.receive()
+
+
+def test_socketcan_drain_ends_when_frames_never_stop(can_socket):
+    transport, stand_in = can_socket
+    forced_receive_buffer = 33  # SO_RCVBUFFORCE: without it the kernel keeps fewer
+    try:
+        stand_in.near.setsockopt(socket.SOL_SOCKET, forced_receive_buffer, 8 << 20)
+    except PermissionError:
+        pytest.skip("more than 512 waiting frames need CAP_NET_ADMIN")
+    for _ in range(600):
+        stand_in.far.send(CAN_FRAME.pack(0x2A5, 8, bytes(8)))
     assert len(transport.receive()) == 512
+    assert len(transport.receive()) == 88
+
+
+def test_socketcan_drains_into_feedback_with_its_stamps(can_socket):
+    transport, stand_in = can_socket
+    feedback = PiperFeedback("arm")
+    before_ns = time.monotonic_ns()
+    transport.drain_into(feedback)
+    for can_id in (0x2A5, 0x2A6, 0x2A7):
+        stand_in.far.send(CAN_FRAME.pack(can_id, 8, struct.pack(">ii", 1, 2)))
+    stand_in.far.send(CAN_FRAME.pack(CAN_ERR_FLAG | ERR_BUS_OFF, 8, bytes(8)))
+    transport.drain_into(feedback)
+    assert feedback.joint_mdeg == [1, 2] * 3
+    assert before_ns <= feedback.t_pose_ns <= time.monotonic_ns()
+    assert feedback.bus_off
 
 
 def test_socketcan_closed_is_a_device_error_and_touches_no_other_file(can_socket):
@@ -257,16 +301,6 @@ def test_socketcan_closed_is_a_device_error_and_touches_no_other_file(can_socket
     for action in (lambda: transport.send([(0, bytes(8))]), transport.receive):
         with pytest.raises(DeviceError, match="can_left is closed"):
             action()
-
-
-def test_socket_batch_too_many_packets_at_once_is_refused():
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with near, far:
-        batch = SocketBatch(near, 4, n_send=2, stamps=False)
-        with pytest.raises(ValueError, match="at most 2 packets per call, got 3"):
-            batch.send([b"abcd"] * 3)
-        assert batch.send([b"abcd", b"efgh"]) == 2
-        assert far.recv(64) == b"abcd"
 
 
 # --- the interface ---

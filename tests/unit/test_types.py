@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -57,3 +61,18 @@ def test_arm_state_takes_read_only_arrays_as_they_are() -> None:
     state = _state(position, velocity)
     assert state.position is position
     assert state.velocity is velocity
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))]
+)
+def test_arm_state_copied_or_pickled_stays_read_only(
+    copier: Callable[[ArmState], ArmState],
+) -> None:
+    state = _state([1.0, 2.0], [0.0, np.nan])
+    twin = copier(state)
+    np.testing.assert_array_equal(twin.position, state.position)
+    np.testing.assert_array_equal(twin.velocity, state.velocity)
+    assert twin[2:] == state[2:]
+    assert not twin.position.flags.writeable
+    assert not twin.velocity.flags.writeable
