@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gwp_edge.drivers.can_interface import bring_up_commands, check_interface
 from gwp_edge.drivers.piper_codec import Frame
-from gwp_edge.drivers.piper_core import FrameStore, SocketPort
+from gwp_edge.drivers.piper_core import SocketPort
 from gwp_edge.drivers.piper_feedback import (
     CAN_ERR_FLAG,
     ERR_BUS_OFF,
@@ -75,16 +75,11 @@ class CanTransport(Protocol):
         """
         ...
 
-    def receive(self) -> list[StampedFrame]:
+    def receive(self, into: PiperFeedback | None = None) -> list[StampedFrame] | None:
         """Return all waiting frames: (identifier with flags, data, receive time in ns).
 
-        Raises:
-            DeviceError: the bus is gone.
-        """
-        ...
-
-    def drain_into(self, feedback: PiperFeedback) -> None:
-        """Move all waiting frames into ``feedback``, as its ``ingest`` does.
+        Args:
+            into: takes and judges them as its ``ingest`` does; what is returned then means nothing.
 
         Raises:
             DeviceError: the bus is gone.
@@ -112,11 +107,15 @@ class RealtimeOffset:
         self._t_emptied_ns = self._t_drain_ns = time.monotonic_ns()
         self.measure()
 
-    def begin_drain(self) -> tuple[int, int]:
-        """Prepare for the stamps of what waits now; return the first and the last possible time."""
+    def begin_drain(self) -> tuple[int, int, int]:
+        """Prepare for the stamps of what waits now.
+
+        Returns:
+            (offset, first and last possible monotonic time), ns, as ``SocketPort.drain`` takes it.
+        """
         self._t_drain_ns = time.monotonic_ns()
         self.measure()
-        return self._t_emptied_ns, self._t_drain_ns
+        return self.offset_ns, self._t_emptied_ns, self._t_drain_ns
 
     def end_drain(self) -> None:
         """Note that nothing older than the begin of this drain waits any more."""
@@ -164,10 +163,17 @@ def _gone(name: str, e: OSError | EOFError) -> DeviceError:
 class _SocketEnd:
     """A socket's frames with this module's errors; see ``SocketPort``. Threads: one owner."""
 
-    def __init__(self, name: str, endpoint: socket.socket, wanted: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        endpoint: socket.socket,
+        wanted: Sequence[int] | None,
+        offset: RealtimeOffset | None,
+    ) -> None:
         self.name = name
         self._socket = endpoint
         self._port: SocketPort | None = SocketPort(endpoint.fileno(), wanted)
+        self._offset = offset  # None: packets bring monotonic stamps
 
     def _opened(self) -> SocketPort:
         if self._port is None:
@@ -189,19 +195,21 @@ class _SocketEnd:
                 "frames were sent"
             )
 
-    def receive(self) -> list[StampedFrame]:
-        """Return the waiting frames; see ``CanTransport.receive``."""
-        return self._drain(None) or []
-
-    def drain_into(self, feedback: PiperFeedback) -> None:
-        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
-        news = self._drain(feedback)
-        if news is not None:
-            feedback.judge(news)
-
-    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
-        """Do as ``SocketPort.drain``, with this module's errors."""
-        raise NotImplementedError
+    def receive(self, into: PiperFeedback | None = None) -> list[StampedFrame] | None:
+        """Return or move the waiting frames; see ``CanTransport.receive``."""
+        port, offset = self._port or self._opened(), self._offset
+        times = () if offset is None else offset.begin_drain()
+        try:
+            frames = port.drain(into, *times)
+        except (OSError, EOFError) as e:
+            raise _gone(self.name, e) from e
+        if offset is not None and port.emptied:
+            offset.end_drain()
+        if into is None:
+            return frames or []
+        if frames is not None:
+            into.judge(frames)
+        return None
 
     def close(self) -> None:
         """Close; safe to call twice."""
@@ -217,7 +225,7 @@ class SocketCan(_SocketEnd):
 
     def __init__(self, name: str, can_ids: Sequence[int]) -> None:
         check_interface(name)
-        self._offset = RealtimeOffset()
+        offset = RealtimeOffset()
         try:
             raw = socket.socket(AF_CAN, socket.SOCK_RAW, CAN_RAW)
         except OSError as e:
@@ -231,18 +239,7 @@ class SocketCan(_SocketEnd):
         except OSError as e:
             raw.close()
             raise _gone(name, e) from e
-        super().__init__(name, raw, None)
-
-    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
-        port, offset = self._port or self._opened(), self._offset
-        first_ns, last_ns = offset.begin_drain()
-        try:
-            frames = port.drain(store, offset.offset_ns, first_ns, last_ns)
-        except (OSError, EOFError) as e:
-            raise _gone(self.name, e) from e
-        if port.emptied:
-            offset.end_drain()
-        return frames
+        super().__init__(name, raw, None, offset)
 
 
 def configure_socket(raw: socket.socket, can_ids: Sequence[int]) -> None:
@@ -261,7 +258,7 @@ class UnixCan(_SocketEnd):
     """
 
     def __init__(self, name: str, can_ids: Sequence[int], endpoint: socket.socket) -> None:
-        super().__init__(name, endpoint, can_ids)
+        super().__init__(name, endpoint, can_ids, None)
 
     @classmethod
     def connect(cls, path: str, can_ids: Sequence[int]) -> UnixCan:
@@ -280,13 +277,6 @@ class UnixCan(_SocketEnd):
                 "fake arm first"
             ) from e
         return cls(f"unix:{path}", can_ids, endpoint)
-
-    def _drain(self, store: FrameStore | None) -> list[StampedFrame] | None:
-        port = self._port or self._opened()
-        try:
-            return port.drain(store)
-        except (OSError, EOFError) as e:
-            raise _gone(self.name, e) from e
 
 
 class VirtualCan:
@@ -319,7 +309,7 @@ class VirtualCan:
         except self._can.CanError as e:
             raise DeviceError(f"CAN channel {self.name} failed: {e}") from e
 
-    def receive(self) -> list[StampedFrame]:
+    def receive(self, into: PiperFeedback | None = None) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
         bus = self._open_bus()
         self._offset.begin_drain()
@@ -335,11 +325,9 @@ class VirtualCan:
                 frames.append((can_id | CAN_ERR_FLAG, bytes(message.data), t_ns))
             elif can_id in self._wanted:
                 frames.append((can_id, bytes(message.data), t_ns))
+        if into is not None:
+            into.ingest(frames)
         return frames
-
-    def drain_into(self, feedback: PiperFeedback) -> None:
-        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
-        feedback.ingest(self.receive())
 
     def close(self) -> None:
         """Close; safe to call twice."""

@@ -102,17 +102,20 @@ class MemoryCan:
             self.sent.append((can_id, data))
             self._wire.say(self, can_id, data)
 
-    def receive(self) -> list[StampedFrame]:
+    def receive(self, into: PiperFeedback | None = None) -> list[StampedFrame]:
         """Return the waiting frames; see ``CanTransport.receive``."""
         if self.down:
             raise DeviceError(f"CAN interface {self.name} went down")
+        frames = self.waiting()
+        if into is not None:
+            into.ingest(frames)
+        return frames
+
+    def waiting(self) -> list[StampedFrame]:
+        """Return what has come over the wire since the last call."""
         self._wire.run()
         frames, self.queue = self.queue, []
         return frames
-
-    def drain_into(self, feedback: PiperFeedback) -> None:
-        """Move the waiting frames into ``feedback``; see ``CanTransport.drain_into``."""
-        feedback.ingest(self.receive())
 
     def close(self) -> None:
         """Nothing to close."""

@@ -74,8 +74,8 @@ class PiperLink(Protocol):
     is gone.
     """
 
-    def poll(self, feedback: PiperFeedback) -> None:
-        """Move all waiting frames into ``feedback`` without blocking."""
+    def poll(self, feedback: PiperFeedback, /) -> object:
+        """Move all waiting frames into ``feedback`` without blocking; returns nothing of use."""
         ...
 
     def command(self, command: Command) -> None:
@@ -105,7 +105,7 @@ class CodecLink:
     def __init__(self, transport: CanTransport) -> None:
         self._transport = transport
         # Without a call in between: these two are for every tick.
-        self.poll: Callable[[PiperFeedback], None] = transport.drain_into
+        self.poll: Callable[[PiperFeedback], object] = transport.receive
         self.command: Callable[[Command], None] = transport.send
 
     @classmethod

@@ -155,15 +155,15 @@ def test_open_partial_feedback_names_what_is_missing(muted, words):
 def test_open_feedback_that_stops_after_a_moment_is_stale():
     # Without a version the questions are repeated for 0.4 s, long enough for the angles to age.
     rig = Rig(fakes=[FakePiper(firmware="no version")])
-    receive = rig.bus.receive
+    waiting = rig.bus.waiting
     first_ns = rig.clock.t_ns
 
     def stops():
         if rig.clock.t_ns > first_ns + 50 * MS:
             rig.fake.faults.mute_ids = frozenset({0x2A5})
-        return receive()
+        return waiting()
 
-    rig.bus.receive = stops
+    rig.bus.waiting = stops
     text = refusal(rig, error=DeviceTimeoutError)
     assert "no joint angles feedback for" in text
 
@@ -254,13 +254,13 @@ def test_open_gripper_range_never_set_says_how_to_set_it():
 
 def test_open_someone_else_commands_the_arm_is_refused():
     rig = Rig()
-    receive = rig.bus.receive
+    waiting = rig.bus.waiting
 
     def with_stranger():
         rig.inject(*codec.encode_joints([0] * 6)[0])
-        return receive()
+        return waiting()
 
-    rig.bus.receive = with_stranger
+    rig.bus.waiting = with_stranger
     assert "another program or a leader arm sends joint commands" in refusal(rig)
 
 

@@ -240,7 +240,7 @@ def test_socketcan_queue_that_fills_half_way_is_busy(can_socket, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENETDOWN, errno.ENODEV, errno.ENXIO])
-@pytest.mark.parametrize("verb", ["send", "receive", "drain_into"])
+@pytest.mark.parametrize("verb", ["send", "receive", "receive into"])
 def test_socketcan_interface_that_goes_down_names_the_command(
     can_socket, monkeypatch, number, verb
 ):
@@ -249,7 +249,7 @@ def test_socketcan_interface_that_goes_down_names_the_command(
     act = {
         "send": lambda: transport.send([(0, bytes(8))]),
         "receive": transport.receive,
-        "drain_into": lambda: transport.drain_into(PiperFeedback("arm")),
+        "receive into": lambda: transport.receive(PiperFeedback("arm")),
     }
     with pytest.raises(DeviceError, match="can_left went down") as caught:
         act[verb]()
@@ -285,11 +285,11 @@ def test_socketcan_drains_into_feedback_with_its_stamps(can_socket):
     transport, stand_in = can_socket
     feedback = PiperFeedback("arm")
     before_ns = time.monotonic_ns()
-    transport.drain_into(feedback)
+    transport.receive(feedback)
     for can_id in (0x2A5, 0x2A6, 0x2A7):
         stand_in.far.send(CAN_FRAME.pack(can_id, 8, struct.pack(">ii", 1, 2)))
     stand_in.far.send(CAN_FRAME.pack(CAN_ERR_FLAG | ERR_BUS_OFF, 8, bytes(8)))
-    transport.drain_into(feedback)
+    transport.receive(feedback)
     assert feedback.joint_mdeg == [1, 2] * 3
     assert before_ns <= feedback.t_pose_ns <= time.monotonic_ns()
     assert feedback.bus_off

@@ -365,16 +365,16 @@ def test_lost_joint_frames_never_mix_two_moments(rig):
     target = rig.watch().position.copy()
     target[:6] += [0.4, 0.4, -0.4, 0.4, 0.4, 0.4]
     truth = {}
-    receive = rig.bus.receive
+    waiting = rig.bus.waiting
 
     def recording():
-        frames = receive()
+        frames = waiting()
         for can_id, data, t_ns in frames:
             if 0x2A5 <= can_id <= 0x2A7:
                 truth.setdefault(t_ns, {})[can_id] = codec.DECODERS[can_id](data)
         return frames
 
-    rig.bus.receive = recording
+    rig.bus.waiting = recording
     feedback = rig.arm.units[0].feedback
     seen = set()
     for _ in range(120):
