@@ -299,16 +299,22 @@ def test_packets_of_another_size_are_bad_frames_and_not_read_beyond_their_end():
         assert (store.n_frames, store.n_bad) == (4, 2)
 
 
-def test_socketcan_stamps_stay_between_the_first_and_the_last_possible_time():
+@pytest.fixture
+def stamped():
+    """Both ends of a socket whose near one the kernel stamps, as it does a CAN socket."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with near, far:
         near.setblocking(False)
         near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        port = SocketPort(near.fileno(), None)
-        packet = CAN_FRAME.pack(0x2A5, 8, bytes(8))
-        for offset_ns, expected_ns in ((-(2**62), 1000), (2**61, 2000)):
-            far.send(packet)
-            assert port.drain(None, offset_ns, 1000, 2000) == [(0x2A5, bytes(8), expected_ns)]
+        yield near, far
+
+
+def test_socketcan_stamps_stay_between_the_first_and_the_last_possible_time(stamped):
+    near, far = stamped
+    port = SocketPort(near.fileno(), None)
+    for offset_ns, expected_ns in ((-(2**62), 1000), (2**61, 2000)):
+        far.send(CAN_FRAME.pack(0x2A5, 8, bytes(8)))
+        assert port.drain(None, offset_ns, 1000, 2000) == [(0x2A5, bytes(8), expected_ns)]
 
 
 def test_nothing_is_lost_from_memory_over_many_ticks():
@@ -376,20 +382,16 @@ def test_drain_takes_several_calls_and_then_hears_that_the_other_side_closed():
         assert store.take_frames([(0x2A1, status, 9)]) == [(0x2A1, status, 9)]
 
 
-def test_socketcan_frame_without_a_stamp_does_not_take_the_one_before_it_in_its_place():
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    with near, far:
-        near.setblocking(False)
-        near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-        port = SocketPort(near.fileno(), None)
-        packet = CAN_FRAME.pack(0x2A5, 8, bytes(8))
-        last_ns = 2**62
-        far.send(packet)
-        ((_, _, stamped_ns),) = port.drain(None, 0, 0, last_ns)
-        assert stamped_ns < last_ns
-        near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 0)
-        far.send(packet)
-        assert port.drain(None, 0, 0, last_ns) == [(0x2A5, bytes(8), last_ns)]
+def test_socketcan_frame_without_a_stamp_does_not_take_the_one_before_it_in_its_place(stamped):
+    near, far = stamped
+    port, packet = SocketPort(near.fileno(), None), CAN_FRAME.pack(0x2A5, 8, bytes(8))
+    last_ns = 2**62
+    far.send(packet)
+    ((_, _, stamped_ns),) = port.drain(None, 0, 0, last_ns)
+    assert stamped_ns < last_ns
+    near.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 0)
+    far.send(packet)
+    assert port.drain(None, 0, 0, last_ns) == [(0x2A5, bytes(8), last_ns)]
 
 
 def test_send_tells_how_many_the_kernel_took():
@@ -445,6 +447,19 @@ def test_driver_without_its_compiled_part_says_what_to_install():
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "the compiled part of the PiPER driver is missing: install a C compiler" in line
+
+
+def test_everything_but_the_piper_works_without_the_compiled_part():
+    code = (
+        "import sys; sys.modules['gwp_edge.drivers.piper_native'] = None; import importlib\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'gwp_edge.{name}')"
+    )
+    drivers = ("sim", "kinematic", "recorded", "realsense", "lerobot_bridge", "piper_options")
+    names = ("cli", "robots", "runtime", *(f"drivers.{name}" for name in drivers))
+    command = [sys.executable, "-c", code]
+    subprocess.run([*command, *names], check=True, timeout=120)
+    done = subprocess.run([*command, "drivers.piper"], capture_output=True, text=True, check=False)
+    assert "the compiled part of the PiPER driver is missing" in done.stderr
 
 
 def test_doctor_without_the_compiled_part_warns_and_goes_on():
