@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -68,10 +66,7 @@ class PiperArm:
             )
             for name, can in options.arms
         )
-        # What every tick asks of every arm.
         self._stores = tuple(unit.feedback for unit in self._units)
-        self._polls = tuple(unit.poll for unit in self._units)
-        self._sends = tuple(unit.send for unit in self._units)
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -137,7 +132,14 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        _each(self._polls, repeat((now_ns,)))
+        failures: list[DeviceError] = []
+        for unit in self._units:
+            try:
+                unit.poll(now_ns)
+            except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
+                failures.append(e)
+        if failures:
+            raise _worst(failures)
         whole = read_arms(self._stores)
         if whole is None:
             name = next(u.name for u in self._units if read_arms((u.feedback,)) is None)
@@ -191,7 +193,14 @@ class PiperArm:
         if commands is None:
             raise self._refusal(targets)
         now_ns = self._clock.now_ns()
-        _each(self._sends, zip(commands, repeat(now_ns)))
+        failures: list[DeviceError] = []
+        for unit, command in zip(self._units, commands):  # noqa: B905 - encode_arms has counted
+            try:
+                unit.send(command, now_ns)
+            except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
+                failures.append(e)
+        if failures:
+            raise _worst(failures)
 
     def _refusal(self, targets: Sequence[float]) -> SafetyFault:
         """Return what is wrong with targets of which one is not accepted."""
@@ -212,7 +221,14 @@ class PiperArm:
             DeviceError: an arm could not be held; the others were.
         """
         now_ns = self._clock.now_ns()
-        _each([unit.hold for unit in self._units], repeat((now_ns,)))
+        failures: list[DeviceError] = []
+        for unit in self._units:
+            try:
+                unit.hold(now_ns)
+            except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
+                failures.append(e)
+        if failures:
+            raise _worst(failures)
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -224,25 +240,15 @@ def _joined(text: str | None, more: str | None) -> str | None:
     return more if text is None else text if more is None else f"{text}; {more}"
 
 
-def _each(actions: Iterable[Callable[..., None]], arguments: Iterable[tuple[Any, ...]]) -> None:
-    """Call every action, so that one arm's failure does not cost the other; then raise the worst.
+def _worst(failures: list[DeviceError]) -> DeviceError:
+    """Take out the failure to raise: one that ends the run before one that does not.
 
-    Args:
-        actions: one for each arm.
-        arguments: what to call each with.
-
-    Raises:
-        DeviceError: from an action; one that ends the run before one that does not.
+    None stays in the list: the caller's frame, which the traceback keeps, would then keep the
+    failure, and a motor loop does not collect such cycles.
     """
-    failure: DeviceError | None = None
-    for action, its in zip(actions, arguments):  # noqa: B905 - the arguments may be endless
-        try:
-            action(*its)
-        except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
-            if failure is None or isinstance(failure, DeviceTimeoutError):
-                failure = e
-    if failure is not None:
-        raise failure
+    worst = next((e for e in failures if not isinstance(e, DeviceTimeoutError)), failures[0])
+    failures.clear()
+    return worst
 
 
 def _check_channels(channels: Sequence[Channel], n_arms: int) -> None:

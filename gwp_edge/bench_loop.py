@@ -4,10 +4,14 @@ The loop runs as in ``run``: two fake PiPER arms in processes of their own, a po
 computes without a pause. Beside it, in the same seconds and under the same scheduling, a bare
 clock_nanosleep loop in C says how late this machine wakes a sleeper; the motor loop sleeps a little
 less and watches the clock for the rest, so it may do better.
+
+The driver is timed beside such a policy too, and once more on the machine left alone, where it may
+be slower: a core without work sleeps between two ticks, and loses clock and caches over it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -17,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from gwp_edge.child_process import die_with_parent, leave_terminal, start_shielded
 from gwp_edge.errors import BuildError, DeviceError, SpecError
 from gwp_edge.guardian import guardian_main
 from gwp_edge.mailbox import Board
@@ -41,6 +46,9 @@ from gwp_edge.testing import ScriptedPolicy, make_spec
 from gwp_edge.types import Chunk, Observation
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+    from multiprocessing.synchronize import Event
+
     from gwp_edge.drivers.piper_bench import DriverCost
     from gwp_edge.drivers.piper_fake_bus import FakeProcess
 
@@ -103,8 +111,12 @@ class BusyPolicy(ScriptedPolicy):
         """Multiply matrices for a while, then return the script's next chunk."""
         end_s = time.monotonic() + self._busy_s
         while time.monotonic() < end_s:
-            np.tanh(self._matrix @ self._matrix)
+            self.compute()
         return super().predict(observation)
+
+    def compute(self) -> None:
+        """Multiply matrices once."""
+        np.tanh(self._matrix @ self._matrix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +135,9 @@ class LoopReport:
         busy_us: wake-up to sent, two arms.
         n_chunks: by the busy policy.
         kill_to_hold_ms: from SIGKILL to the guardian's hold frames on a fake PiPER's bus.
-        driver: what the PiPER driver takes of a tick, two arms, beside its part in C.
+        driver: what the PiPER driver takes of a tick, two arms, beside its part in C, while a
+            busy policy computes.
+        driver_alone: the same while nothing else does.
     """
 
     duration_s: float
@@ -138,6 +152,7 @@ class LoopReport:
     n_chunks: int
     kill_to_hold_ms: Distribution
     driver: DriverCost
+    driver_alone: DriverCost
 
     @property
     def misses(self) -> tuple[str, ...]:
@@ -235,6 +250,9 @@ def measure_loop(
     told = json.loads(output)
     late_us = Distribution.of(told["late_ns"], 1e-3)
     kills = [kill_to_hold_ns(realtime=realtime) for _ in range(n_kills)]
+    priority = _PRIORITY if realtime else None
+    with _computing():
+        driver = measure_driver_cost(n_ticks=n, priority=priority)
     return LoopReport(
         duration_s=duration_s,
         motor_late_us=summary.lateness_us,
@@ -247,8 +265,40 @@ def measure_loop(
         busy_us=summary.busy_us or Distribution.of([]),
         n_chunks=summary.n_chunks,
         kill_to_hold_ms=Distribution.of(kills, 1e-6),
-        driver=measure_driver_cost(n_ticks=n, priority=_PRIORITY if realtime else None),
+        driver=driver,
+        driver_alone=measure_driver_cost(n_ticks=n, priority=priority),
     )
+
+
+@contextlib.contextmanager
+def _computing() -> Iterator[BaseProcess]:
+    """Have a process compute as a busy policy does, all the time.
+
+    Raises:
+        DeviceError: it did not begin, or has ended by itself.
+    """
+    context = multiprocessing.get_context("spawn")
+    has_begun = context.Event()
+    process = context.Process(target=_compute, args=(has_begun, os.getpid()), daemon=True)
+    start_shielded(process)
+    try:
+        if not has_begun.wait(30.0):
+            raise DeviceError("the busy policy did not begin within 30 s")
+        yield process
+        if not process.is_alive():
+            raise DeviceError("the busy policy ended while it was measured beside")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _compute(has_begun: Event, parent_pid: int) -> None:
+    leave_terminal()
+    die_with_parent(parent_pid)
+    policy = BusyPolicy()
+    has_begun.set()
+    while True:
+        policy.compute()
 
 
 def kill_to_hold_ns(*, realtime: bool = True) -> int:

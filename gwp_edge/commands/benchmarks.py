@@ -103,6 +103,7 @@ def loop(
                 ("its processor time", report.driver.cpu_us),
                 ("the same again at once, few frames", report.driver.again_us),
                 ("its part in C alone", report.driver.bare_us),
+                ("driver tick, no policy beside it", report.driver_alone.tick_us),
             )
         ],
     )

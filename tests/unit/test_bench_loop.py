@@ -7,11 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from gwp_edge import bench_loop
-from gwp_edge.bench_loop import LoopReport, _bare_loop, kill_to_hold_ns, measure_loop
+from gwp_edge.bench_loop import (
+    LoopReport,
+    _bare_loop,
+    _computing,
+    kill_to_hold_ns,
+    measure_loop,
+)
 from gwp_edge.drivers.piper_bench import DriverCost
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.runtime import run
@@ -51,6 +59,11 @@ def test_numbers_out_of_range_are_refused():
         measure_loop(duration_s=0.1)
 
 
+def processor_s(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def report(**changes):
     cost = DriverCost(
         n_ticks=1, n_warm_up=1, n_frames=1, tick_us=(150.0,) * 4, cpu_us=(1.0,) * 4,
@@ -61,7 +74,7 @@ def report(**changes):
     values = {
         "duration_s": 1.0, "motor_late_us": none, "bare_late_us": none, "p99_ratio": 1.5,
         "bare_is_c": True, "realtime": True, "n_ticks": 1, "n_missed": 0, "busy_us": none,
-        "n_chunks": 1, "driver": cost,
+        "n_chunks": 1, "driver": cost, "driver_alone": cost,
     }  # fmt: skip
     return LoopReport(**{**values, **changes})
 
@@ -83,6 +96,24 @@ def test_budgets_are_judged_at_their_borders():
     (line,) = report(driver=slow).misses
     assert line.startswith("driver: p50 is 150 us")
     assert report(driver=slow).to_dict()["misses"] == (line,)
+    # The budget is for a tick while the policy computes.
+    assert report(driver_alone=slow).misses == ()
+
+
+def test_driver_is_measured_beside_a_process_that_computes():
+    with _computing() as process:
+        before_s, _ = processor_s(process.pid), time.sleep(0.3)
+        assert processor_s(process.pid) - before_s > 0.03
+    assert not process.is_alive()
+
+
+def test_measurement_fails_when_the_process_beside_it_ends():
+    beside = _computing()
+    process = beside.__enter__()
+    process.kill()
+    process.join()
+    with pytest.raises(DeviceError, match="ended while"):
+        beside.__exit__(None, None, None)
 
 
 def tried_again(measure):
@@ -107,6 +138,7 @@ def test_whole_benchmark_measures_loop_guardian_and_driver():
     assert whole.kill_to_hold_ms.n == 1
     assert whole.driver.n_ticks == 200
     assert whole.driver.tick_us[0] > 0.0
+    assert whole.driver_alone.n_ticks == 200
 
 
 def test_signal_ends_the_benchmark(monkeypatch):

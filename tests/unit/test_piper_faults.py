@@ -38,8 +38,10 @@ Every fault that a run must survive, and the tests that hold its reaction, deadl
 test_bench_soak injects most of them into whole runs and judges the commands at the arm.
 """
 
+import gc
 import logging
 import struct
+import weakref
 
 import numpy as np
 import pytest
@@ -656,6 +658,24 @@ def test_full_queue_of_one_arm_gives_way_to_a_dead_bus_of_the_other(busy, dead, 
     with pytest.raises(DeviceError, match=name) as caught:
         rig.arm.send(pose)
     assert not isinstance(caught.value, TimeoutError)
+
+
+def test_dropped_tick_leaves_nothing_behind_where_no_garbage_is_collected():
+    rig = Rig(n_arms=2)
+    rig.arm.open(enable=True)
+    pose = rig.watch().position
+    gc.collect()
+    gc.disable()
+    try:
+        for bus in rig.buses:
+            bus.busy = 1
+        try:
+            rig.arm.send(pose)
+        except TimeoutError as e:
+            dropped = weakref.ref(e)
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
