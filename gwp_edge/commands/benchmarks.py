@@ -176,11 +176,12 @@ def _say_soak(report: SoakReport) -> None:
     )
     say_table(
         "Private memory",
-        ("process", "MB in 10 min", "seen s", "lives", "peak MB"),
+        ("process", "MB in 10 min", "grown MB", "seen s", "lives", "peak MB"),
         [
             (
                 m.role,
                 "too short" if m.slope_mb_per_10min is None else f"{m.slope_mb_per_10min:.3f}",
+                "too short" if m.grown_mb is None else f"{m.grown_mb:.2f}",
                 round(m.observed_s),
                 m.n_lives,
                 round(m.peak_mb, 1),
@@ -188,6 +189,12 @@ def _say_soak(report: SoakReport) -> None:
             for m in report.memory
         ],
     )
+    unknown = [m.role for m in report.memory if m.slope_mb_per_10min is None]
+    if unknown:
+        remark(
+            f"memory: too short to tell a leak from a single step of {', '.join(unknown)}; "
+            "give it more --minutes"
+        )
     for text in report.unsafe:
         remark(f"UNSAFE: {text}")
     for text in report.problems:

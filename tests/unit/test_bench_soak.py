@@ -69,13 +69,15 @@ def grow(watch, role, life, *, begin_s, n, kb_per_s, level_kb=1000.0):
 
 
 def test_memory_slope_is_common_to_lives_of_different_levels():
-    watch = MemoryWatch(warm_up_s=20.0)
+    watch = MemoryWatch(warm_up_s=20.0, observed_s=290.0)
     for life in range(3):
         level_kb = 1e4 * (life + 1)
         grow(watch, "motor", life, begin_s=500.0 * life, n=60, kb_per_s=2.0, level_kb=level_kb)
     (growth,) = watch.growth()
     assert growth.slope_mb_per_10min == pytest.approx(2.0 * 600 / 1024, rel=1e-6)
     assert growth.n_lives == 3
+    assert growth.observed_s == pytest.approx(3 * 98.0)
+    assert growth.grown_mb == pytest.approx(2.0 * 98.0 / 1024)
     assert growth.peak_mb == pytest.approx((3e4 + 5000.0 + 2.0 * 118.0) / 1024.0)
 
 
@@ -84,6 +86,26 @@ def test_memory_of_short_lives_is_not_judged():
     grow(watch, "policy", 1, begin_s=0.0, n=20, kb_per_s=100.0)
     (growth,) = watch.growth()
     assert growth.slope_mb_per_10min is None
+    assert growth.grown_mb is None
+
+
+@pytest.mark.parametrize(("n", "is_judged"), [(470, False), (490, True)])
+def test_memory_is_judged_from_a_quarter_of_an_hour_on(n, is_judged):
+    watch = MemoryWatch()
+    grow(watch, "supervisor", 1, begin_s=0.0, n=n, kb_per_s=2.0)
+    (growth,) = watch.growth()
+    assert (growth.slope_mb_per_10min is not None) is is_judged
+    # What it gained is told all the same.
+    assert growth.grown_mb == pytest.approx(2.0 * growth.observed_s / 1024)
+
+
+def test_single_step_of_a_heap_is_no_leak_when_it_was_watched_for_long():
+    watch = MemoryWatch()
+    for i in range(900):
+        watch.add("supervisor", 1, 2.0 * i, 35_000.0 + (1328.0 if 2.0 * i > 350.0 else 0.0))
+    (growth,) = watch.growth()
+    assert growth.slope_mb_per_10min < 1.0
+    assert growth.grown_mb == pytest.approx(1328.0 / 1024)
 
 
 def test_memory_of_this_process_is_seen_and_of_a_dead_one_is_none():
