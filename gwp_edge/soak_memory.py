@@ -12,10 +12,6 @@ import numpy as np
 
 WARM_UP_S: Final = 60.0
 _LIFE_S: Final = 60.0
-# An allocator extends a heap once and keeps it, as at the end of a first long run. A fitted line
-# makes of one such step up to 1.5 times itself over the time observed, so that of 1 MB in a few
-# minutes several in ten: from less than this nothing is concluded.
-_OBSERVED_S: Final = 900.0
 _PERIOD_S: Final = 2.0
 
 
@@ -26,7 +22,7 @@ class MemoryGrowth:
     Attributes:
         role: which process.
         slope_mb_per_10min: least-squares slope common to all lives, each with a level of its
-            own; None where the lives were too short to tell.
+            own; None where no life was long enough to tell.
         grown_mb: most that one life has gained at any time, single steps included; None where no
             life was longer than its warm-up.
         observed_s: length of the lives that count, warm-up left out.
@@ -45,16 +41,9 @@ class MemoryGrowth:
 class MemoryWatch:
     """Samples processes by role. Threads: one owner."""
 
-    def __init__(
-        self,
-        *,
-        warm_up_s: float = WARM_UP_S,
-        life_s: float = _LIFE_S,
-        observed_s: float = _OBSERVED_S,
-    ) -> None:
+    def __init__(self, *, warm_up_s: float = WARM_UP_S, life_s: float = _LIFE_S) -> None:
         self._warm_up_s = warm_up_s
         self._life_s = life_s
-        self._observed_s = observed_s
         self._lives: dict[str, dict[int, tuple[array[float], array[float]]]] = {}
         self._t_next_s = 0.0
 
@@ -94,8 +83,7 @@ class MemoryWatch:
             observed_s += float(t[-1] - t[0])
             sxx += float(((t - t.mean()) ** 2).sum())
             sxy += float(((t - t.mean()) * (kb - kb.mean())).sum())
-        is_long = n_lives > 0 and observed_s >= self._observed_s
-        slope = sxy / sxx * 600.0 / 1024.0 if is_long else None
+        slope = sxy / sxx * 600.0 / 1024.0 if n_lives else None
         peak = max(max(values) for _, values in self._lives[role].values())
         return MemoryGrowth(
             role=role,

@@ -189,11 +189,10 @@ def _say_soak(report: SoakReport) -> None:
             for m in report.memory
         ],
     )
-    unknown = [m.role for m in report.memory if m.slope_mb_per_10min is None]
-    if unknown:
+    for m in report.undecided:
         remark(
-            f"memory: too short to tell a leak from a single step of {', '.join(unknown)}; "
-            "give it more --minutes"
+            f"memory: {m.role} grew by {m.grown_mb:.1f} MB, which may be a single step or a leak: "
+            "give it 30 minutes to tell"
         )
     for text in report.unsafe:
         remark(f"UNSAFE: {text}")
