@@ -12,35 +12,30 @@ be slower: a core without work sleeps between two ticks, and loses clock and cac
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from gwp_edge.bench_bare_loop import make_bare_loop
+from gwp_edge.bench_guardian import kill_to_hold_ns
 from gwp_edge.child_process import die_with_parent, leave_terminal, start_shielded
-from gwp_edge.errors import BuildError, DeviceError, SpecError
-from gwp_edge.guardian import guardian_main
-from gwp_edge.mailbox import Board
+from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.motor_options import MotorOptions
-from gwp_edge.motor_process import ArmSetup
 from gwp_edge.observe import ObservationLimits
 from gwp_edge.policy_options import PolicyOptions
 from gwp_edge.robot_config import ArmConfig, CameraConfig, DeviceConfig, RobotConfig
-from gwp_edge.robots import create_arm
 from gwp_edge.run_options import RunOptions, RunStatus
 from gwp_edge.runtime import run
-from gwp_edge.status import Mode, Word
+from gwp_edge.status import Mode
 from gwp_edge.telemetry import Distribution, StageTimes
 from gwp_edge.testing import ScriptedPolicy, make_spec
 from gwp_edge.types import Chunk, Observation
@@ -50,7 +45,6 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
 
     from gwp_edge.drivers.piper_bench import DriverCost
-    from gwp_edge.drivers.piper_fake_bus import FakeProcess
 
 RATE_HZ: Final = 200.0
 MAX_P99_RATIO: Final = 1.5
@@ -58,34 +52,6 @@ MAX_DRIVER_US: Final = 150.0
 # The heartbeat alone would be seen after 50 ms; death is seen at once, and two frames are sent.
 MAX_KILL_TO_HOLD_MS: Final = 50.0
 _PRIORITY: Final = 80
-_BARE_LOOP: Final = r"""
-#define _GNU_SOURCE
-#include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <time.h>
-int main(int argc, char **argv) {
-    long n = atol(argv[1]), period_ns = atol(argv[2]);
-    struct sched_param p = {.sched_priority = atoi(argv[3])};
-    int fifo = p.sched_priority > 0 && sched_setscheduler(0, SCHED_FIFO, &p) == 0;
-    if (fifo) mlockall(MCL_CURRENT | MCL_FUTURE);
-    long *late = calloc(n, sizeof(long));
-    struct timespec due, now;
-    clock_gettime(CLOCK_MONOTONIC, &due);
-    for (long i = 0; i < n; i++) {
-        due.tv_nsec += period_ns;
-        while (due.tv_nsec >= 1000000000L) { due.tv_nsec -= 1000000000L; due.tv_sec++; }
-        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &due, NULL);
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        late[i] = (now.tv_sec - due.tv_sec) * 1000000000L + now.tv_nsec - due.tv_nsec;
-    }
-    printf("{\"fifo\": %s, \"late_ns\": [", fifo ? "true" : "false");
-    for (long i = 0; i < n; i++) printf("%s%ld", i ? "," : "", late[i]);
-    printf("]}\n");
-    return 0;
-}
-"""
 
 
 class BusyPolicy(ScriptedPolicy):
@@ -219,7 +185,7 @@ def measure_loop(
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = _bare_loop(folder)
+        command = make_bare_loop(folder)
         n = round(duration_s * RATE_HZ)
         timed = [*command, str(n), str(round(1e9 / RATE_HZ)), str(_PRIORITY if realtime else 0)]
         bare: list[subprocess.Popen[bytes]] = []
@@ -301,113 +267,6 @@ def _compute(has_begun: Event, parent_pid: int) -> None:
         policy.compute()
 
 
-def kill_to_hold_ns(*, realtime: bool = True) -> int:
-    """Kill a process that the guardian watches; return when its hold went out, ns after the kill.
-
-    Measured on a fake PiPER's bus: from the kill to the time at which the guardian handed its
-    hold frames to it.
-
-    Raises:
-        DeviceError: the guardian did not start or did not act.
-    """
-    from gwp_edge.drivers.piper_fake_bus import FakeProcess
-    from gwp_edge.drivers.piper_witness import WitnessPiper
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        FakeProcess(str(Path(folder) / "arm"), WitnessPiper()) as fake,
-    ):
-        return _kill_beside(fake, realtime=realtime)
-
-
-def _kill_beside(fake: FakeProcess, *, realtime: bool) -> int:
-    spec = make_spec(1)
-    robot = RobotConfig(
-        name="a fake PiPER", arm=ArmConfig(kind="piper", options={"can": fake.channel})
-    )
-    # The guardian holds what is powered and under CAN control, and nothing else.
-    arm = create_arm(robot, spec, {})
-    try:
-        arm.open(enable=True)
-    finally:
-        arm.close()
-    board = Board.create(spec.n_channels, spec.n_rows)
-    motor = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    setup = ArmSetup(
-        board=board.name,
-        spec=spec,
-        robot=robot,
-        supervisor_pid=os.getpid(),
-    )
-    guardian = multiprocessing.get_context("spawn").Process(
-        target=guardian_main,
-        args=(setup,),
-        kwargs={"timeout_ns": 60_000_000_000, "realtime": realtime, "priority": _PRIORITY - 10},
-    )
-    words = board.words
-    try:
-        guardian.start()
-        _await(lambda: words[Word.GUARDIAN_READY] == 1, "the guardian did not start")
-        words[Word.MOTOR_PID] = motor.pid
-        words[Word.MOTOR_HEARTBEAT_NS] = time.monotonic_ns()
-        words[Word.MOTOR_ARMED] = 1
-        time.sleep(0.05)  # it opens the process on its next turn
-        t_kill_ns = time.monotonic_ns()
-        motor.kill()
-        _await(lambda: words[Word.GUARDIAN_HOLD_SENT_NS] != 0, "the guardian did not act")
-        # The frames are sent before the word is written, and heard a moment later.
-        _await(lambda: fake.ask("testify").t_command_ns > t_kill_ns, "the arm heard no hold")
-        seen = fake.ask("first_command_since", t_kill_ns)
-        return int(seen) - t_kill_ns
-    finally:
-        motor.kill()
-        motor.wait()
-        guardian.kill()
-        guardian.join()
-        board.close()
-        board.unlink()
-
-
-def bare_loop_in_python(n: int, period_ns: int, priority: int) -> None:
-    """Print what the C loop prints, by the same system call through ctypes."""
-
-    class Timespec(ctypes.Structure):
-        _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-    fifo = False
-    if priority > 0:
-        try:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-            fifo = True
-        except OSError:
-            fifo = False
-    libc = ctypes.CDLL(None)
-    due_ns, late = time.monotonic_ns(), []
-    for _ in range(n):
-        due_ns += period_ns
-        due = Timespec(*divmod(due_ns, 1_000_000_000))
-        libc.clock_nanosleep(time.CLOCK_MONOTONIC, 1, ctypes.byref(due), None)
-        late.append(time.monotonic_ns() - due_ns)
-    sys.stdout.write(json.dumps({"fifo": fifo, "late_ns": late}))
-
-
-def _bare_loop(folder: Path) -> list[str]:
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        code = "import sys; from gwp_edge.bench_loop import bare_loop_in_python as f; "
-        return [sys.executable, "-c", code + "f(*map(int, sys.argv[1:]))"]
-    (folder / "bare.c").write_text(_BARE_LOOP, "ascii")
-    program = folder / "bare"
-    done = subprocess.run(
-        [compiler, "-O2", "-o", str(program), str(folder / "bare.c")],
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise BuildError(f"{compiler} cannot compile the bare loop: {done.stderr.decode()[:300]}")
-    return [str(program)]
-
-
 def _run_options(
     left: str, right: str, duration_s: float, *, realtime: bool, patience_ns: int
 ) -> RunOptions:
@@ -440,11 +299,3 @@ def _run_options(
         duration_s=duration_s + 1.0,
         skip_checks=frozenset({"statistics", "first action", "latency"}),
     )
-
-
-def _await(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline_s = time.monotonic() + 30.0
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise DeviceError(f"{otherwise} in 30 s")
-        time.sleep(0.0005)

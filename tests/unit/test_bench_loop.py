@@ -13,13 +13,9 @@ from pathlib import Path
 import pytest
 
 from gwp_edge import bench_loop
-from gwp_edge.bench_loop import (
-    LoopReport,
-    _bare_loop,
-    _computing,
-    kill_to_hold_ns,
-    measure_loop,
-)
+from gwp_edge.bench_bare_loop import make_bare_loop
+from gwp_edge.bench_guardian import kill_to_hold_ns
+from gwp_edge.bench_loop import LoopReport, _computing, measure_loop
 from gwp_edge.drivers.piper_bench import DriverCost
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.runtime import run
@@ -36,14 +32,14 @@ def late_of(command, *, n, period_ns):
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 def test_bare_loop_in_c_reports_every_wake_up(tmp_path):
-    late_ns = late_of(_bare_loop(tmp_path), n=50, period_ns=2_000_000)
+    late_ns = late_of(make_bare_loop(tmp_path), n=50, period_ns=2_000_000)
     assert len(late_ns) == 50
     assert min(late_ns) >= 0
 
 
 def test_bare_loop_without_a_compiler_is_python(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    command = _bare_loop(tmp_path)
+    command = make_bare_loop(tmp_path)
     assert command[0] == sys.executable
     late_ns = late_of(command, n=50, period_ns=2_000_000)
     assert len(late_ns) == 50
