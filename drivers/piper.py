@@ -67,6 +67,7 @@ class PiperArm:
             for name, can in options.arms
         )
         self._stores = tuple(unit.feedback for unit in self._units)
+        self._polls = tuple(unit.poll for unit in self._units)
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -132,14 +133,7 @@ class PiperArm:
             DeviceError: a bus is off or gone.
         """
         now_ns = self._clock.now_ns()
-        failures: list[DeviceError] = []
-        for unit in self._units:
-            try:
-                unit.poll(now_ns)
-            except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
-                failures.append(e)
-        if failures:
-            raise _worst(failures)
+        _each(self._polls, now_ns)
         whole = read_arms(self._stores)
         if whole is None:
             name = next(u.name for u in self._units if read_arms((u.feedback,)) is None)
@@ -221,14 +215,7 @@ class PiperArm:
             DeviceError: an arm could not be held; the others were.
         """
         now_ns = self._clock.now_ns()
-        failures: list[DeviceError] = []
-        for unit in self._units:
-            try:
-                unit.hold(now_ns)
-            except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
-                failures.append(e)
-        if failures:
-            raise _worst(failures)
+        _each([unit.hold for unit in self._units], now_ns)
 
     def close(self) -> None:
         """Disconnect; the arms hold their last target. Safe to call twice. Never cuts power."""
@@ -238,6 +225,18 @@ class PiperArm:
 
 def _joined(text: str | None, more: str | None) -> str | None:
     return more if text is None else text if more is None else f"{text}; {more}"
+
+
+def _each(actions: Sequence[Callable[[int], None]], now_ns: int) -> None:
+    """Do every arm's action, so that one arm's failure does not cost the other; then raise."""
+    failures: list[DeviceError] = []
+    for action in actions:
+        try:
+            action(now_ns)
+        except DeviceError as e:  # noqa: PERF203 - the next arm's turn comes all the same
+            failures.append(e)
+    if failures:
+        raise _worst(failures)
 
 
 def _worst(failures: list[DeviceError]) -> DeviceError:

@@ -24,7 +24,7 @@ from gwp_edge.testing import make_spec
 if TYPE_CHECKING:
     from gwp_edge.drivers.piper_fake_bus import FakeProcess
 
-_PRIORITY: Final = 70
+_PRIORITY: Final = 70  # below the motor loop's, as in a run
 
 
 def kill_to_hold_ns(*, realtime: bool = True) -> int:

@@ -51,6 +51,7 @@ MAX_P99_RATIO: Final = 1.5
 MAX_DRIVER_US: Final = 150.0
 # The heartbeat alone would be seen after 50 ms; death is seen at once, and two frames are sent.
 MAX_KILL_TO_HOLD_MS: Final = 50.0
+BUSY_PROCESS: Final = "busy policy"
 _PRIORITY: Final = 80
 
 
@@ -245,7 +246,9 @@ def _computing() -> Iterator[BaseProcess]:
     """
     context = multiprocessing.get_context("spawn")
     has_begun = context.Event()
-    process = context.Process(target=_compute, args=(has_begun, os.getpid()), daemon=True)
+    process = context.Process(
+        target=_compute, args=(has_begun, os.getpid()), name=BUSY_PROCESS, daemon=True
+    )
     start_shielded(process)
     try:
         if not has_begun.wait(30.0):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,8 +16,9 @@ import pytest
 from gwp_edge import bench_loop
 from gwp_edge.bench_bare_loop import make_bare_loop
 from gwp_edge.bench_guardian import kill_to_hold_ns
-from gwp_edge.bench_loop import LoopReport, _computing, measure_loop
-from gwp_edge.drivers.piper_bench import DriverCost
+from gwp_edge.bench_loop import BUSY_PROCESS, LoopReport, _computing, measure_loop
+from gwp_edge.drivers import piper_bench
+from gwp_edge.drivers.piper_bench import DriverCost, measure_driver_cost
 from gwp_edge.errors import DeviceError, SpecError
 from gwp_edge.runtime import run
 from gwp_edge.status import Mode
@@ -96,10 +98,12 @@ def test_budgets_are_judged_at_their_borders():
     assert report(driver_alone=slow).misses == ()
 
 
-def test_driver_is_measured_beside_a_process_that_computes():
+def test_process_beside_the_driver_computes_until_it_is_ended():
     with _computing() as process:
-        before_s, _ = processor_s(process.pid), time.sleep(0.3)
-        assert processor_s(process.pid) - before_s > 0.03
+        begin_s, deadline_s = processor_s(process.pid), time.monotonic() + 60.0
+        while processor_s(process.pid) - begin_s < 0.1:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
     assert not process.is_alive()
 
 
@@ -124,7 +128,15 @@ def tried_again(measure):
         return measure()
 
 
-def test_whole_benchmark_measures_loop_guardian_and_driver():
+def test_whole_benchmark_measures_loop_guardian_and_driver(monkeypatch):
+    beside = []
+
+    def watched(**options):
+        children = {child.name for child in multiprocessing.active_children()}
+        beside.append(BUSY_PROCESS in children)
+        return measure_driver_cost(**options)
+
+    monkeypatch.setattr(piper_bench, "measure_driver_cost", watched)
     whole = tried_again(
         lambda: measure_loop(duration_s=1.0, n_kills=1, realtime=False, patience_s=3.0)
     )
@@ -135,6 +147,8 @@ def test_whole_benchmark_measures_loop_guardian_and_driver():
     assert whole.driver.n_ticks == 200
     assert whole.driver.tick_us[0] > 0.0
     assert whole.driver_alone.n_ticks == 200
+    # First beside a policy that computes, which the budget is for, then alone.
+    assert beside[-2:] == [True, False]
 
 
 def test_signal_ends_the_benchmark(monkeypatch):

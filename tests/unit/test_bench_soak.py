@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from gwp_edge.bench_soak import SoakReport, soak
+from gwp_edge.commands.benchmarks import _say_soak
 from gwp_edge.errors import SpecError
 from gwp_edge.soak_faults import FAULTS
 from gwp_edge.soak_memory import MemoryGrowth, MemoryWatch, private_kb
@@ -114,6 +115,15 @@ def test_growth_is_a_leak_when_it_was_watched_for_long_or_is_no_single_step():
     report = memory_report(observed_s=899.0, grown_mb=3.9)
     assert report.passed
     assert len(report.undecided) == 1
+
+
+def test_growth_that_is_not_decided_is_said(capsys):
+    _say_soak(memory_report(observed_s=500.0, grown_mb=1.5))
+    assert (
+        "memory: supervisor grew by 1.5 MB, which may be a single step" in capsys.readouterr().err
+    )
+    _say_soak(memory_report(slope_mb_per_10min=0.5))
+    assert not capsys.readouterr().err
 
 
 def test_single_step_of_a_heap_is_no_leak_when_it_was_watched_for_long():
